@@ -7,9 +7,9 @@
 
 THIS PROGRAM IS TRUSTED WITH YOUR BROKER PIN AND TOTP SECRET. Read it before you use it: it is one file.
 
-It reads   the environment, an env file (see env.sample) and the table upstox_tokens
+It reads   the environment, an env file (see env.sample) and the tables upstox_tokens, upstox_api_configs
 It writes  upstox_tokens, upstox_token_audit, and DATABASE.upstox-lock beside the database: the lock of a
-           run and what protects the account (codes and PINs sent, never their values)
+           run and the counts that protect the account (of codes and PINs sent, never their values)
 It talks   to UPSTOX_BASE_URL and, in a real browser, to the login page that the broker sends it to
 
     upstox_tokens.py                          summary, then the menu
@@ -28,11 +28,13 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import contextlib
+import copy
 import hashlib
 import hmac
 import http.client
+import http.server
+import importlib.util
 import json
 import os
 import re
@@ -40,6 +42,8 @@ import secrets
 import shlex
 import shutil
 import signal
+import socket
+import socketserver
 import sqlite3
 import ssl
 import subprocess
@@ -49,6 +53,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -59,27 +64,27 @@ from typing import Any, NoReturn, TextIO
 __version__ = "1.0.0"
 __all__ = ["TokenError", "access_token", "main"]
 
-# ---- Facts: the broker, the guide, the limits ---------------------------------------------------------
+# ---- Facts: the guide, the broker, the limits ----------------------------------------------------------
 
 API_NAMES = ("PRIMARY", "WEBSOCKET1", "WEBSOCKET2", "WEBSOCKET3", "OPTIONCHAIN1", "OPTIONCHAIN2")
 MODES = ("ALL", "INVALID_ONLY", "PARTIAL")
 FLOWS = ("SELENIUM", "V3")
+NEEDS_LOGIN = ("INVALID", "EXPIRED", "NOT FOUND")
 DATABASE_NAME = "vega_trade.db"
 BASE_URL = "https://api.upstox.com"
 SERVE_ADDRESS = "127.0.0.1:28021"
 IST = timezone(timedelta(hours=5, minutes=30))  # Indian time has no daylight saving
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 OK, NOT_VALID, USAGE, OPERATOR, BUSY = range(5)  # exit codes
 
 PROFILE_SECONDS = 10  # overall deadline of one round of profile calls
 EXCHANGE_SECONDS = 30  # the code is spent once it was sent, so patience pays
 BODY_LIMIT = 1 << 20
-CLOCK_SECONDS = 20  # a clock further off makes TOTP codes the broker refuses
+CLOCK_SECONDS = 20  # the codes of a clock further off are refused
 TOTP_WINDOW, TOTP_MARGIN = 30, 5  # seconds; a code with less than the margin left is not sent
 READ_SECONDS, PROOF_SECONDS, STORE_SECONDS = 10, 30, 60  # patience with a locked database
 PAGE_SECONDS, OUTCOME_SECONDS = 30, 60  # for a page to show a step, for the broker to judge an entry
-CAPTCHA_SECONDS = {False: 15, True: 300}  # headless, headed
+CAPTCHA_SECONDS, CAPTCHA_HEADED_SECONDS = 15, 300
 
 TOKENS_DDL = """CREATE TABLE IF NOT EXISTS "upstox_tokens" (
     "id" integer PRIMARY KEY,
@@ -124,9 +129,8 @@ AUDIT_DDL = """CREATE TABLE IF NOT EXISTS upstox_token_audit (
     reason VARCHAR(1000)
 )"""
 
-# what the broker's error codes mean, and what to do next (the broker's documentation)
 APP_PAGE = "the app's page under Developer Apps of your Upstox account"
-BROKER_ERRORS = {
+BROKER_ERRORS = {  # what the API's error codes mean, and what to do next (facts/upstox-api.md 3 and 6)
     "UDAPI100057": ("the authorization code was not accepted", "Run again."),
     "UDAPI100058": ("no segment of this account is active", "Reactivate the account in the Upstox app."),
     "UDAPI100068": ("client_id or redirect_uri is not what the broker has registered",
@@ -137,12 +141,12 @@ BROKER_ERRORS = {
     "UDAPI10005": ("the broker counts too many requests", "Wait a few minutes, then run again."),
     "UDAPI100500": ("the broker has trouble of its own", "Look at status.upstox.com, then run again."),
     "UDAPI1123": ("the app has no notifier URL", f"Enter the Notifier Webhook Endpoint on {APP_PAGE}."),
-    "UDAPI1124": ("this flow is for individual accounts only", "Use --flow SELENIUM."),
+    "UDAPI1124": ("flow V3 is for individual accounts only", "Use --flow SELENIUM."),
     "UDAPI1155": ("the app is under review or was rejected", f"Look at {APP_PAGE}."),
     "UDAPI1157": ("the app has expired", f"Renew it on {APP_PAGE}."),
 }
 
-# ---- Errors: every text is a finished sentence for the operator ----------------------------------------
+# ---- Errors: every text is a finished sentence for the operator -------------------------------------------
 
 
 class TokenError(Exception):
@@ -152,17 +156,16 @@ class TokenError(Exception):
 
 
 class ConfigError(TokenError):
-    """The configuration cannot be used; `problems` holds one line each, none with a secret's value."""
+    """The configuration cannot be used: one line for each problem, none with a secret's value."""
 
     exit_code = USAGE
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
-        self.problems = list(problems)
 
 
 class DatabaseError(TokenError):
-    """The database cannot be used: nothing was tried."""
+    """The database cannot be used."""
 
     exit_code = USAGE
 
@@ -173,22 +176,18 @@ class BusyError(TokenError):
     exit_code = BUSY
 
 
+@dataclass(eq=False)
 class LoginFailed(TokenError):
-    """One app got no token. `stops_run`: the reason holds for all apps; `hold`: see AccountGuard."""
+    """One app got no token: why, and what to do next."""
 
-    def __init__(self, text: str, *, stops_run: bool = False, operator: bool = False, hold: bool = False) -> None:
-        super().__init__(text)
-        self.stops_run, self.operator, self.hold = stops_run, operator, hold
+    text: str
+    stops_run: bool = False  # the reason holds for all apps
+    operator: bool = False  # a person is needed
+    hold: bool = False  # no unattended login from now on (AccountGuard)
+    captcha: bool = False
 
-
-class CaptchaShown(LoginFailed):
-    """The CAPTCHA did not go away by itself or nobody solved it in time."""
-
-    def __init__(self, headed: bool) -> None:
-        advice = ("nobody solved the CAPTCHA in time. Run again when an operator is there." if headed else
-                  "the login page shows a CAPTCHA, which only a person may solve. Run with --headed on a machine "
-                  "with a display, or use --flow V3.")
-        super().__init__(advice, stops_run=True, operator=True)
+    def __str__(self) -> str:
+        return self.text
 
 
 class PageFault(Exception):
@@ -202,7 +201,19 @@ class Stopped(BaseException):
         self.exit_code = 128 + signum
 
 
-# ---- Configuration -------------------------------------------------------------------------------------
+def printable(value: object, limit: int) -> str:
+    """Foreign text made fit for one line of a terminal or a log."""
+    return "".join(c if c.isprintable() else " " for c in str(value))[:limit].strip()
+
+
+def redact(text: str, hidden: Iterable[str]) -> str:
+    """Replace every known secret: the last line of defence behind never putting one into a text."""
+    for secret in sorted(hidden, key=len, reverse=True):
+        text = text.replace(secret, "[hidden]")
+    return text
+
+
+# ---- Configuration ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -213,7 +224,7 @@ class App:
     name: str
     client_id: str
     client_secret: str = field(repr=False)
-    redirect_uri: str = ""
+    redirect_uri: str
 
 
 @dataclass(frozen=True)
@@ -221,14 +232,13 @@ class Config:
     """The whole configuration, checked. Secrets stay out of the repr and so out of tracebacks."""
 
     apps: tuple[App, ...]
-    base_url: str = BASE_URL
-    mobile: str = field(default="", repr=False)
-    pin: str = field(default="", repr=False)
-    totp: str = field(default="", repr=False)
-    notifier: str = field(default="", repr=False)
-    serve_key: str = field(default="", repr=False)
-    origins: tuple[str, ...] = ()
-    source: str = "ENV"
+    base_url: str
+    mobile: str = field(repr=False)
+    pin: str = field(repr=False)
+    totp: str = field(repr=False)
+    notifier: str = field(repr=False)
+    serve_key: str = field(repr=False)
+    origins: tuple[str, ...]
 
     def secrets(self) -> set[str]:
         """Every configured text that must never be shown."""
@@ -236,35 +246,31 @@ class Config:
         return own - {""}
 
 
-ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
+ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)")
 QUOTED = re.compile(r"""(?:'([^']*)'|"([^"]*)")\s*(?:#.*)?""")
-APP_KEY = re.compile(r"UPSTOX_(CLIENT_ID|CLIENT_SECRET|API_NAME)_([0-9]+)")
+APP_KEY = re.compile(r"UPSTOX_(CLIENT_ID|CLIENT_SECRET|API_NAME)_([0-9]{1,3})")
 
 
 def parse_env(text: str, source: str) -> tuple[dict[str, str], list[str]]:
-    """The settings of an env file's text, and one problem for each line that is not KEY=value."""
+    """The settings of an env file's text, and a problem for each line that is not KEY=value."""
     settings, problems = {}, []
     for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        match = ENV_LINE.fullmatch(line)
-        value = env_value(match[2]) if match else None
-        if match and value is not None:
+        match = ENV_LINE.fullmatch(line) if line.replace("\t", " ").isprintable() else None
+        value = match[2] if match else ""
+        if quoted := QUOTED.fullmatch(value):
+            value = quoted[1] or quoted[2] or ""
+        elif value.startswith(("'", '"')):
+            match = None
+        else:
+            value = re.sub(r"\s#.*", "", value).strip()
+        if match:
             settings[match[1]] = value
         else:
             problems.append(f"{source}, line {number}: expected KEY=value")
     return settings, problems
-
-
-def env_value(raw: str) -> str | None:
-    """The value after KEY=, without its quotes or a trailing comment; None when it is malformed."""
-    if raw[:1] in ("'", '"'):
-        match = QUOTED.fullmatch(raw)
-        value = None if match is None else match[1] or match[2] or ""
-    else:
-        value = re.sub(r"\s#.*", "", raw).strip()
-    return value if value is not None and (value.isprintable() or not value) else None
 
 
 def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
@@ -272,175 +278,162 @@ def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
     try:
         with path.open("rb") as file:
             if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
-                raise ConfigError([
+                raise ConfigError(
                     f"{path} may be read by other users. Run: chmod 600 {shlex.quote(str(path))}",
                     "Where chmod has no effect (a Windows drive under WSL), keep the file elsewhere and name it "
-                    "with --env-file, or use real environment variables."])
+                    "with --env-file, or use real environment variables.")
             data = file.read(BODY_LIMIT)
         return parse_env(data.decode(), str(path))
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}, line {data.count(10, 0, error.start) + 1}: not UTF-8 text"]) from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}, line {line}: not UTF-8 text") from None
     except OSError as error:
-        raise ConfigError([f"The env file {path} cannot be read: {error.strerror}."]) from None
+        raise ConfigError(f"The env file {path} cannot be read: {error.strerror}.") from None
 
 
-def first_existing(name: str, folders: Iterable[Path]) -> Path | None:
+def first_existing(name: str, *folders: Path) -> Path | None:
     """The file of that name in the first folder that has one."""
     return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 
-def read_settings(environ: Mapping[str, str], env_file: Path | None) -> tuple[dict[str, str], list[str]]:
-    """All UPSTOX_ settings; real environment variables win over the env file."""
-    settings, problems = read_env_file(env_file) if env_file else ({}, [])
-    merged = {**settings, **environ}
-    return {k: v.strip() for k, v in merged.items() if k.startswith("UPSTOX_") and v.strip()}, problems
-
-
 def web_address(value: str) -> urllib.parse.SplitResult | None:
-    """The parts of an http or https URL, or None."""
+    """The parts of an http or https URL, None when it is none."""
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(value)
-        clean = value.isascii() and value.isprintable() and " " not in value
-        if clean and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+        if re.fullmatch(r"https?://[!-~]+", value) and parts.hostname and parts.port != 0:
             return parts
     return None
+
+
+def loopback(host: str | None) -> bool:
+    """Whether a host name or address stays on this machine."""
+    return bool(host) and (host in ("localhost", "::1") or host.startswith("127.") or host.endswith(".localhost"))
 
 
 def is_base_url(value: str) -> bool:
     """https, or http on loopback only: the bearer token travels there."""
     parts = web_address(value)
-    plain = parts is not None and not (parts.query or parts.fragment or parts.username or parts.path.strip("/"))
-    return plain and (parts.scheme == "https" or parts.hostname in LOOPBACK)
+    bare = parts is not None and not parts.path.strip("/") and not re.search("[?#@]", value)
+    return bare and (parts.scheme == "https" or loopback(parts.hostname))
 
 
-def is_origin(value: str) -> bool:
-    """scheme://host[:port] and nothing more."""
+def are_origins(value: str) -> bool:
+    """Comma separated scheme://host[:port]."""
+    return all(re.fullmatch(r"https?://[^/?#@*\s]+/?", part.strip()) and web_address(part.strip())
+               for part in value.split(",") if part.strip())
+
+
+def is_notifier(value: str) -> bool:
+    """An URL with a path that is not one of our own."""
     parts = web_address(value)
-    return parts is not None and value == f"{parts.scheme}://{parts.netloc}" and "@" not in value
+    return parts is not None and len(parts.path) > 1 and not re.match("/(auth/|healthz$)", parts.path)
 
 
-def totp_bytes(value: str) -> int:
-    """Bytes of a base32 secret, 0 when it is not base32."""
-    with contextlib.suppress(binascii.Error, ValueError):
-        return len(base64.b32decode(value + "=" * (-len(value) % 8)))
-    return 0
+def is_totp_secret(value: str) -> bool:
+    """base32 of 112 bits or more, which pyotp demands."""
+    with contextlib.suppress(ValueError):
+        return len(base64.b32decode(value + "=" * (-len(value) % 8))) >= 14
+    return False
 
 
 PLAIN = re.compile(r"[!-~]{1,255}")
-VALUE_RULES: dict[str, tuple[Callable[[str], object], str]] = {
-    "UPSTOX_MOBILE_NUMBER": (re.compile(r"[6-9][0-9]{9}").fullmatch, "must be 10 digits beginning 6-9, without +91"),
+RULES: dict[str, tuple[Callable[[str], object], str]] = {
+    "UPSTOX_MOBILE_NUMBER": (re.compile(r"[6-9][0-9]{9}").fullmatch,
+                             "must be 10 digits beginning 6-9, without +91"),
     "UPSTOX_PIN": (re.compile(r"[0-9]{6}").fullmatch, "must be 6 digits"),
-    "UPSTOX_TOTP": (lambda v: totp_bytes(v) >= 14,
-                    "must be the base32 secret shown when TOTP was enabled (26 characters or more), not a code"),
-    "UPSTOX_REDIRECT_URI": (web_address, "must be the http or https URL registered with the app"),
-    "UPSTOX_NOTIFIER_WEBHOOK_URI": (web_address, "must be the http or https URL registered with the app"),
-    "UPSTOX_BASE_URL": (is_base_url, "must be an https URL (http only on loopback) without a path"),
+    "UPSTOX_TOTP": (is_totp_secret, "must be the base32 secret shown when TOTP was switched on, not a code; "
+                                    "at least 112 bits (23 characters)"),
+    "UPSTOX_REDIRECT_URI": (web_address, "must be the http or https URL registered with the apps"),
+    "UPSTOX_NOTIFIER_WEBHOOK_URI": (is_notifier, "must be the http or https URL registered with the apps, with a "
+                                                 "path of its own"),
+    "UPSTOX_BASE_URL": (is_base_url, "must be an https URL (http on loopback only) without a path"),
     "UPSTOX_CONFIG_SOURCE": (("ENV", "DB").__contains__, "must be ENV or DB"),
-    "UPSTOX_SERVE_KEY": (re.compile(r"[!-~]{16,255}").fullmatch, "must have 16 characters or more, without spaces"),
+    "UPSTOX_SERVE_KEY": (re.compile(r"[!-~]{16,255}").fullmatch,
+                         "must have 16 characters or more, without spaces"),
+    "UPSTOX_ALLOWED_ORIGINS": (are_origins, "must be web origins such as http://localhost:5173, comma separated"),
 }
-LOGIN_KEYS = ("UPSTOX_MOBILE_NUMBER", "UPSTOX_PIN", "UPSTOX_TOTP")
+FLOW_KEYS = {"SELENIUM": ("UPSTOX_MOBILE_NUMBER", "UPSTOX_PIN", "UPSTOX_TOTP"),
+             "V3": ("UPSTOX_NOTIFIER_WEBHOOK_URI",)}
 
 
-def env_apps(settings: Mapping[str, str]) -> list[tuple[int, dict[str, str]]]:
-    """(index, raw fields) of every app named in the settings."""
-    found: dict[int, dict[str, str]] = {}
+def env_apps(settings: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The raw fields of every app named in the settings, in order of its number."""
+    found: dict[int, dict[str, Any]] = {}
     for key, value in settings.items():
         if match := APP_KEY.fullmatch(key):
-            found.setdefault(int(match[2]), {})[match[1].lower()] = value
-    return sorted(found.items())
+            found.setdefault(int(match[2]), {"index": int(match[2])})[match[1].lower()] = value
+    return [found[index] for index in sorted(found)]
 
 
-def check_apps(raw: list[tuple[int, dict[str, str]]], label: str, problems: list[str]) -> tuple[App, ...]:
-    """Apply the guide's rules (3.2) to the apps of either source; `label` formats FIELD and INDEX."""
-    apps: list[App] = []
-    for index, fields in raw:
-        def say(name: str, text: str) -> None:
-            problems.append(f"{label.format(field=name.upper(), index=index)}: {text}")
-        values = [fields.get(name, "") for name in ("api_name", "client_id", "client_secret")]
-        for name, value in zip(("api_name", "client_id", "client_secret"), values):
+def check_apps(raw: Sequence[Mapping[str, Any]], label: str) -> list[str]:
+    """The problems of the apps of either source by the guide's rules (3.2); `label` takes FIELD and INDEX."""
+    numbers, problems = [app["index"] for app in raw], []
+
+    def say(index: int, name: str, text: str) -> None:
+        problems.append(f"{label.format(field=name.upper(), index=index)}: {text}")
+
+    if not raw:
+        say(0, "client_id", "is not set; at least one app is needed")
+    if len(raw) > 6 or max(numbers, default=0) > 5:
+        say(max(numbers), "client_id", "at most six apps, numbered 0 to 5")
+    else:
+        for gap in sorted(set(range(max(numbers, default=0))) - set(numbers)):
+            say(gap, "client_id", "is not set; apps are numbered from 0 without a gap")
+    for place, app in enumerate(raw):
+        for name in ("api_name", "client_id", "client_secret"):
+            value = app.get(name, "")
             if not value:
-                say(name, "is not set")
+                say(app["index"], name, "is not set")
             elif name == "api_name" and value not in API_NAMES:
-                say(name, "must be one of " + ", ".join(API_NAMES))
+                say(app["index"], name, "must be one of " + ", ".join(API_NAMES))
             elif not PLAIN.fullmatch(value):
-                say(name, "must be printable characters without spaces, at most 255")
-            elif name != "client_secret" and value in [getattr(app, name.replace("api_", "")) for app in apps]:
-                say(name, "is used by two apps")
-        apps.append(App(index, *values, fields.get("redirect_uri", "")))
-    return tuple(apps)
-
-
-def check_numbers(numbers: list[int], label: str) -> list[str]:
-    """One to six apps, numbered from 0 without a gap (the guide 3.2)."""
-    if not numbers:
-        return [f"{label.format(field='CLIENT_ID', index=0)}: is not set; at least one app is needed"]
-    if max(numbers) > 5 or len(numbers) > 6:
-        return [f"{label.format(field='CLIENT_ID', index=max(numbers))}: at most six apps, numbered 0 to 5"]
-    gaps = sorted(set(range(max(numbers))) - set(numbers))
-    return [f"{label.format(field='CLIENT_ID', index=gap)}: is not set; apps are numbered from 0 without a gap"
-            for gap in gaps]
-
-
-def check_values(settings: Mapping[str, str], needed: Iterable[str]) -> list[str]:
-    """One problem for each needed key that is missing and each present value that breaks its rule."""
-    problems = [f"{key}: is not set" for key in needed if key not in settings]
-    problems += [f"{key}: {text}" for key, (fits, text) in VALUE_RULES.items()
-                 if key in settings and not fits(settings[key])]
-    problems += ["UPSTOX_ALLOWED_ORIGINS: must be web origins (https://host:port), comma separated"
-                 for origin in origin_list(settings) if not is_origin(origin)][:1]
+                say(app["index"], name, "must be printable characters without spaces, at most 255")
+            elif name != "client_secret" and value in [other.get(name) for other in raw[:place]]:
+                say(app["index"], name, "is used by two apps")
+        if app.get("redirect_uri") and not web_address(app["redirect_uri"]):
+            say(app["index"], "redirect_uri", "must be the http or https URL registered with the app")
     return problems
 
 
-def origin_list(settings: Mapping[str, str]) -> tuple[str, ...]:
-    """The configured web origins, without trailing slashes."""
-    raw = settings.get("UPSTOX_ALLOWED_ORIGINS", "").split(",")
-    return tuple(origin.strip().rstrip("/").lower() for origin in raw if origin.strip())
-
-
-def build_config(settings: dict[str, str], problems: list[str], *, needed: Sequence[str] = (),
-                 stored_apps: Callable[[], list[tuple[int, dict[str, str]]]] | None = None) -> Config:
-    """Check everything and report all problems at once as a ConfigError.
-
-    `stored_apps` reads the app configuration from the database; used when UPSTOX_CONFIG_SOURCE is DB.
-    """
-    if "UPSTOX_TOTP" in settings:
-        settings = {**settings, "UPSTOX_TOTP": re.sub(r"[\s=]", "", settings["UPSTOX_TOTP"]).upper()}
-    from_db = settings.get("UPSTOX_CONFIG_SOURCE") == "DB" and stored_apps is not None
-    label = "upstox_api_configs, api_index {index}, {field}" if from_db else "UPSTOX_{field}_{index}"
-    raw = stored_apps() if from_db else env_apps(settings)
-    redirect = settings.get("UPSTOX_REDIRECT_URI", "")
-    enabled = [(i, {**f, "redirect_uri": f.get("redirect_uri") or redirect}) for i, f in raw if not f.get("off")]
-    if from_db and enabled and all(f["redirect_uri"] for _, f in enabled):
+def build_config(settings: Mapping[str, str], problems: Sequence[str], needed: Sequence[str],
+                 stored: Sequence[Mapping[str, Any]] | None = None) -> Config:
+    """Check everything, all problems at once as one ConfigError. `stored`: the apps of source DB."""
+    totp = re.sub(r"[\s=]", "", settings.get("UPSTOX_TOTP", "")).upper()
+    settings = {**settings, "UPSTOX_TOTP": totp} if totp else settings
+    raw = env_apps(settings) if stored is None else stored
+    label = "UPSTOX_{field}_{index}" if stored is None else "upstox_api_configs, api_index {index}, {field}"
+    redirect, enabled = settings.get("UPSTOX_REDIRECT_URI", ""), [app for app in raw if app.get("enabled", True)]
+    if enabled and all(app.get("redirect_uri") for app in enabled):
         needed = [key for key in needed if key != "UPSTOX_REDIRECT_URI"]
-    problems = problems + check_values(settings, needed) + check_numbers([i for i, _ in raw], label)
-    apps = check_apps(enabled, label, problems)
-    problems += [f"{label.format(field='REDIRECT_URI', index=app.index)}: must be an http or https URL"
-                 for app in apps if from_db and app.redirect_uri and not web_address(app.redirect_uri)]
-    if raw and not enabled:
-        problems.append("upstox_api_configs: no row is enabled")
-    if problems:
-        raise ConfigError(problems)
+    found = [f"{key}: is not set" for key in needed if key not in settings]
+    found += [f"{key}: {text}" for key, (fits, text) in RULES.items()
+              if key in settings and not fits(settings[key])]
+    found += check_apps(raw, label) if enabled or not raw else ["upstox_api_configs: no row is enabled"]
+    if problems or found:
+        raise ConfigError(*problems, *found)
+    apps = tuple(App(app["index"], app["api_name"], app["client_id"], app["client_secret"],
+                     app.get("redirect_uri") or redirect) for app in enabled)
     get = settings.get
+    origins = tuple(part.strip().rstrip("/").lower() for part in get("UPSTOX_ALLOWED_ORIGINS", "").split(","))
     return Config(apps, get("UPSTOX_BASE_URL", BASE_URL).rstrip("/"), get("UPSTOX_MOBILE_NUMBER", ""),
-                  get("UPSTOX_PIN", ""), get("UPSTOX_TOTP", ""), get("UPSTOX_NOTIFIER_WEBHOOK_URI", ""),
-                  get("UPSTOX_SERVE_KEY", ""), origin_list(settings), "DB" if from_db else "ENV")
+                  get("UPSTOX_PIN", ""), totp, get("UPSTOX_NOTIFIER_WEBHOOK_URI", ""),
+                  get("UPSTOX_SERVE_KEY", ""), origins)
 
 
 def require_for_flow(config: Config, flow: str) -> None:
-    """A ConfigError when the configuration lacks what a login by this flow needs."""
+    """A ConfigError when this installation lacks what a login by this flow needs."""
     have = {"UPSTOX_MOBILE_NUMBER": config.mobile, "UPSTOX_PIN": config.pin, "UPSTOX_TOTP": config.totp,
             "UPSTOX_NOTIFIER_WEBHOOK_URI": config.notifier}
-    missing = [key for key in flow_keys(flow) if not have[key]]
-    if missing:
-        raise ConfigError([f"{key}: is not set; flow {flow} needs it" for key in missing])
+    problems = [f"{key}: is not set; flow {flow} needs it" for key in FLOW_KEYS[flow] if not have[key]]
+    modules = [name for name in ("selenium", "pyotp") if flow == "SELENIUM" and not importlib.util.find_spec(name)]
+    if modules:
+        problems.append(f"{' and '.join(modules)} missing. Run: {shlex.quote(sys.executable)} -m pip install "
+                        + " ".join(modules))
+    if problems:
+        raise ConfigError(*problems)
 
 
-def flow_keys(flow: str) -> tuple[str, ...]:
-    """The settings that only a login needs."""
-    return LOGIN_KEYS if flow == "SELENIUM" else ("UPSTOX_NOTIFIER_WEBHOOK_URI",)
-
-
-# ---- Time: when a token dies -----------------------------------------------------------------------------
+# ---- Time: when a token dies ---------------------------------------------------------------------------------
 
 
 def cutoff_after(moment: float) -> float:
@@ -455,15 +448,12 @@ def local_text(moment: float) -> str:
     return datetime.fromtimestamp(moment).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def parse_text_time(value: object) -> float | None:
-    """Epoch seconds of a date text (local time unless it names an offset), None when unreadable."""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if not isinstance(value, str):
+def parse_time(value: object) -> float | None:
+    """Epoch seconds of a date text (local time unless it names an offset), None when it is none."""
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    if not isinstance(text, str) or not re.match(r"\s*[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
         return None
-    text = re.sub(r"\.([0-9]+)", lambda m: "." + m[1][:6].ljust(6, "0"), value.strip().replace("Z", "+00:00"))
-    if not re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
-        return None  # newer Pythons would read other forms, older ones not
+    text = re.sub(r"\.([0-9]+)", lambda m: "." + m[1][:6].ljust(6, "0"), text.strip().replace("Z", "+00:00"))
     try:
         return datetime.fromisoformat(text).timestamp()
     except (ValueError, OverflowError, OSError):
@@ -471,219 +461,17 @@ def parse_text_time(value: object) -> float | None:
 
 
 def parse_created(value: object) -> float | None:
-    """Epoch seconds of a created_at in any form that SQLite writers leave (facts/measured.md 1)."""
-    if isinstance(value, (str, bytes)) and re.fullmatch(rb"[0-9]{1,16}", to_bytes(value).strip()):
-        value = int(value)
-    if isinstance(value, (str, bytes)):
-        return parse_text_time(value)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e16:
+    """Epoch seconds of a created_at in any form that writers of SQLite leave (facts/measured.md 1)."""
+    with contextlib.suppress(ValueError, TypeError):
+        number = float(value)
+        if 0 < number < 1e16:
+            julian = isinstance(value, float) and number < 1e7
+            return (number - 2440587.5) * 86400 if julian else number / 1000 if number >= 1e11 else number
         return None
-    if isinstance(value, float) and value < 1e7:
-        return (value - 2440587.5) * 86400  # a Julian day
-    return value / 1000 if value >= 1e11 else float(value)
+    return parse_time(value)
 
 
-def to_bytes(value: str | bytes) -> bytes:
-    """Text as bytes, whatever is in it."""
-    return value.encode("utf-8", "replace") if isinstance(value, str) else value
-
-
-# ---- Database: the source of truth, shared with a Java back end -------------------------------------------
-
-
-@dataclass(frozen=True)
-class Token:
-    """A stored row, as far as this program reads it."""
-
-    api_name: str
-    access_token: str = field(repr=False)
-    client_id: str | None
-    created: float | None
-    validity_at: Any
-    generated_at: Any
-    is_active: Any
-    row_id: int = 0
-
-
-DB_REMEDIES = (
-    ("locked", "is locked by another program. Close what holds it, or try again in a minute."),
-    ("not a database", "is not a SQLite database. Name the right file with --db."),
-    ("malformed", "is damaged. Restore it from a backup, or rescue it with the sqlite3 command .recover."),
-    ("readonly", "cannot be written. Give this user write permission on the file and on its folder."),
-    ("unable to open", "cannot be opened. Check that its folder exists and that this user may read and write there."),
-    ("is full", "cannot grow: the disk is full. Free some space."),
-    ("is a view", "has a view named upstox_tokens. A table is needed; rename the view or use another file."),
-    ("no column named", "lacks a column of the guide's table upstox_tokens. Add it, or use another file."),
-    ("no such column", "lacks a column of the guide's table upstox_tokens. Add it, or use another file."),
-    ("NOT NULL", "demands a value that the guide's INSERT does not give. Give that column a default."),
-    ("UNIQUE", "has a row in the way of a unique index. Remove that row."),
-)
-
-
-def database_error(path: Path, error: Exception) -> DatabaseError:
-    """One sentence with the path, what SQLite said, and the remedy."""
-    text = str(error)
-    remedy = next((words for key, words in DB_REMEDIES if key in text), "cannot be used.")
-    return DatabaseError(f"The database {path} {remedy} (SQLite: {text})")
-
-
-def connect(path: Path, mode: str, seconds: float) -> sqlite3.Connection:
-    """Open an existing database; `mode` is ro or rw, `seconds` the patience with locks."""
-    uri = f"{path.absolute().as_uri()}?mode={mode}"
-    connection = sqlite3.connect(uri, uri=True, timeout=seconds, isolation_level=None)
-    connection.text_factory = lambda data: data.decode("utf-8", "replace")
-    return connection
-
-
-@contextlib.contextmanager
-def transaction(path: Path, seconds: float) -> Iterator[sqlite3.Connection]:
-    """BEGIN IMMEDIATE, then commit, or roll back on any exception. Keep it to milliseconds: readers wait."""
-    with contextlib.closing(connect(path, "rw", seconds)) as connection, connection:
-        connection.execute("BEGIN IMMEDIATE")
-        yield connection
-
-
-def select(path: Path, query: str, seconds: float = READ_SECONDS) -> list[tuple]:
-    """Rows of a query without writing anything; none when the file or the table is missing."""
-    if not path.exists():
-        return []
-    try:
-        for mode in ("ro", "rw"):
-            try:
-                with contextlib.closing(connect(path, mode, seconds)) as connection:
-                    return connection.execute(query).fetchall()
-            except sqlite3.OperationalError as error:
-                # a journal left by a killed writer must be rolled back before anyone can read
-                if mode == "rw" or "readonly" not in str(error) and "unable to open" not in str(error):
-                    raise
-        return []
-    except sqlite3.Error as error:
-        if "no such table" in str(error):
-            return []
-        raise database_error(path, error) from None
-
-
-def read_tokens(path: Path) -> list[Token]:
-    """Every row of upstox_tokens, in any form that other programs leave."""
-    rows = select(path, "SELECT api_name, access_token, client_id, created_at, validity_at, generated_at, "
-                        "is_active, id FROM upstox_tokens")
-    return [Token(str(name), text_or_empty(token), client, parse_created(created), validity, generated, active,
-                  number if isinstance(number, int) else 0)
-            for name, token, client, created, validity, generated, active, number in rows]
-
-
-def text_or_empty(value: object) -> str:
-    """A stored token as text."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value or "")
-
-
-def newest(rows: Iterable[Token]) -> dict[str, Token]:
-    """The newest row of each api_name: several of one name are tolerated."""
-    ordered = sorted(rows, key=lambda row: (row.created or 0, row.row_id))
-    return {row.api_name: row for row in ordered}
-
-
-def create_database(path: Path) -> bool:
-    """Make the file (mode 0600) and the guide's table where missing; True when the file is new."""
-    new = not path.exists()
-    try:
-        if new:
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        if not select(path, "SELECT 1 FROM sqlite_master WHERE name = 'upstox_tokens'"):
-            with transaction(path, PROOF_SECONDS) as connection:
-                connection.execute(TOKENS_DDL)
-        return new
-    except OSError as error:
-        raise DatabaseError(f"The database {path} cannot be created: {error.strerror}. "
-                            "Name a file in a folder you may write with --db.") from None
-    except sqlite3.Error as error:
-        raise database_error(path, error) from None
-
-
-def token_row(app: App, access_token: str, now: float, valid_until: float) -> dict[str, Any]:
-    """The columns of the guide's INSERT (4.1); a plain Java reader parses exactly these forms."""
-    return {
-        "access_token": access_token, "api_name": app.name, "client_id": app.client_id,
-        "client_secret": app.client_secret, "created_at": int(now * 1000), "expires_in": int(valid_until - now),
-        "is_primary": int(app.name == "PRIMARY"), "redirect_uri": app.redirect_uri, "token_type": "Bearer",
-        "api_index": app.index, "generated_at": local_text(now), "is_active": 1,
-        "updated_at": int(now * 1000), "validity_at": local_text(valid_until)}
-
-
-def upsert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
-    """Replace the row of one api_name (the guide 4.1)."""
-    connection.execute("DELETE FROM upstox_tokens WHERE api_name = :api_name", row)
-    connection.execute(f"INSERT INTO upstox_tokens ({', '.join(row)}) VALUES (:{', :'.join(row)})", row)
-
-
-def prove_writable(path: Path, apps: Iterable[App], now: float) -> None:
-    """The real DELETE and INSERT for each app, rolled back: no login for a database that refuses the token."""
-    try:
-        with contextlib.closing(connect(path, "rw", PROOF_SECONDS)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            for app in apps:
-                upsert(connection, token_row(app, "x" * 2000, now, now + 1))
-            connection.rollback()
-    except sqlite3.Error as error:
-        raise database_error(path, error) from None
-
-
-def deactivate(path: Path, tokens: Iterable[Token], now: float) -> None:
-    """Mark tokens that the broker answered 401 for; a row replaced meanwhile is left alone."""
-    try:
-        with transaction(path, PROOF_SECONDS) as connection:
-            for token in tokens:
-                connection.execute("UPDATE upstox_tokens SET is_active = 0, updated_at = ? "
-                                   "WHERE api_name = ? AND access_token = ?",
-                                   (int(now * 1000), token.api_name, token.access_token))
-    except sqlite3.Error as error:
-        raise database_error(path, error) from None
-
-
-def add_audit(connection: sqlite3.Connection, row: Sequence[Any]) -> None:
-    """(at ms, run id, api_name, source, flow, outcome, reason); the table is made when first needed."""
-    connection.execute(AUDIT_DDL)
-    connection.execute("INSERT INTO upstox_token_audit (at, run_id, api_name, source, flow, outcome, reason) "
-                       "VALUES (?, ?, ?, ?, ?, ?, ?)", row)
-
-
-def import_apps(path: Path, apps: Iterable[App], now: float) -> None:
-    """Copy the app configuration into upstox_api_configs; rows in the way are replaced, others kept."""
-    stamp = int(now * 1000)
-    try:
-        with transaction(path, PROOF_SECONDS) as connection:
-            connection.execute(CONFIGS_DDL)
-            for app in apps:
-                connection.execute("DELETE FROM upstox_api_configs WHERE api_index = ? OR api_name = ?",
-                                   (app.index, app.name))
-                connection.execute(
-                    "INSERT INTO upstox_api_configs (api_index, api_name, client_id, client_secret, redirect_uri, "
-                    "is_primary, is_enabled, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, 1, ?, ?)",
-                    (app.index, app.name, app.client_id, app.client_secret, app.redirect_uri or None,
-                     int(app.name == "PRIMARY"), stamp, stamp))
-    except sqlite3.Error as error:
-        raise database_error(path, error) from None
-
-
-def read_stored_apps(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """The rows of upstox_api_configs; disabled ones carry the field `off`."""
-    rows = select(path, "SELECT api_index, api_name, client_id, client_secret, redirect_uri, is_enabled "
-                        "FROM upstox_api_configs ORDER BY api_index")
-    if not rows:
-        raise ConfigError([f"upstox_api_configs: no rows in {path}. Fill it with --import-config."])
-    names = ("api_name", "client_id", "client_secret", "redirect_uri")
-    return [(int(index), {**{name: str(value or "") for name, value in zip(names, values)},
-                          "off": "" if enabled in (1, "1", "true", "TRUE") else "off"})
-            for index, *values, enabled in rows]
-
-
-def find_database(db: str | os.PathLike | None, script: str = __file__) -> Path:
-    """--db, else an existing vega_trade.db here or beside the script, else one to be created here."""
-    here = Path.cwd()
-    return Path(db) if db else first_existing(DATABASE_NAME, (here, Path(script).parent)) or here / DATABASE_NAME
-
-
-# ---- The broker's HTTP API ---------------------------------------------------------------------------------
+# ---- The broker's HTTP API -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -696,11 +484,42 @@ class Answer:
     error: str = ""
 
 
+def json_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body, {} when it is anything else."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def error_code(answer: Answer) -> tuple[str, str]:
+    """(code, message) of the broker's error envelope; it sends two spellings of the key."""
+    errors = json_object(answer.body).get("errors")
+    first = errors[0] if isinstance(errors, list) and errors and isinstance(errors[0], dict) else {}
+    code = first.get("errorCode") or first.get("error_code") or ""
+    return printable(code, 40), printable(first.get("message") or "", 200)
+
+
+def explain(answer: Answer) -> str:
+    """What a failed call means and what to do next, as two sentences."""
+    code, message = error_code(answer)
+    if code in BROKER_ERRORS:
+        meaning, remedy = BROKER_ERRORS[code]
+        return f"{meaning} ({code}). {remedy}"
+    if code:
+        return f"the broker refused with {code}: {message.rstrip('.')}. Look the code up in its documentation."
+    if answer.code == 429:
+        return "the broker counts too many requests (HTTP 429). Wait a few minutes, then run again."
+    problem = answer.error or (f"HTTP {answer.code}" if answer.code != 200 else "unexpected answer")
+    return f"the broker gave no usable answer ({problem}). Look at status.upstox.com, then run again."
+
+
 def side_by_side(calls: Sequence[Callable[[], Any]], seconds: float, late: Any, grace: float = 0) -> list[Any]:
     """Results of the calls, each in a thread of its own; `late` for those not back after `seconds` overall.
 
     urllib's own timeout is per socket operation and never ends a dripping answer; a daemon thread that is
-    still reading then does not keep the program alive. A signal is passed on, after `grace` seconds for the calls.
+    still reading then does not keep the program alive. A signal goes on after `grace` seconds for the calls.
     """
     results = [late] * len(calls)
 
@@ -721,70 +540,33 @@ def side_by_side(calls: Sequence[Callable[[], Any]], seconds: float, late: Any, 
     return list(results)
 
 
-def json_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body, {} when it is anything else."""
-    try:
-        data = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def error_code(answer: Answer) -> tuple[str, str]:
-    """(code, message) of the broker's error envelope; both spellings of the key are sent (facts 3)."""
-    errors = json_object(answer.body).get("errors")
-    first = errors[0] if isinstance(errors, list) and errors and isinstance(errors[0], dict) else {}
-    code = first.get("errorCode") or first.get("error_code") or ""
-    return printable(code, 40), printable(first.get("message") or "", 200)
-
-
-def printable(value: object, limit: int) -> str:
-    """Foreign text made fit for one line of a terminal or a log."""
-    return "".join(c if c.isprintable() else " " for c in str(value))[:limit].strip()
-
-
-def explain(answer: Answer) -> str:
-    """What a failed broker call means and what to do next, as two sentences."""
-    code, message = error_code(answer)
-    if code in BROKER_ERRORS:
-        meaning, remedy = BROKER_ERRORS[code]
-        return f"{meaning} ({code}). {remedy}"
-    if code:
-        return f"the broker refused with {code}: {message.rstrip('.')}. Look the code up in its documentation."
-    if answer.code == 429:
-        return "the broker counts too many requests (HTTP 429). Wait a few minutes, then run again."
-    problem = answer.error or (f"HTTP {answer.code}" if answer.code != 200 else "unexpected answer")
-    return f"the broker gave no usable answer ({problem}). Look at status.upstox.com, then run again."
-
-
 class Broker:
     """The calls of the broker's API that this program makes; none follows a redirect or raises."""
 
     def __init__(self, base_url: str) -> None:
         self.base_url = base_url
-        self.opener = urllib.request.OpenerDirector()  # bare: no redirects, files or cookies, any status returned
-        if base_url.startswith("https:"):
+        self.opener = urllib.request.OpenerDirector()  # bare: no redirects, no files, every status returned
+        self.opener.add_handler(urllib.request.HTTPHandler())
+        if base_url.startswith("https:"):  # on loopback no proxy: it would read the bearer token
             self.opener.add_handler(urllib.request.ProxyHandler())
             self.opener.add_handler(urllib.request.HTTPSHandler(context=ssl.create_default_context()))
-            self.opener.add_handler(urllib.request.HTTPHandler())  # how an https request reaches its proxy
-        else:  # loopback; a proxy would read the bearer token
-            self.opener.add_handler(urllib.request.HTTPHandler())
 
-    def send(self, path: str, seconds: float, *, headers: Mapping[str, str] | None = None,
-             data: bytes | None = None) -> Answer:
+    def send(self, path: str, seconds: float = PROFILE_SECONDS, *, data: bytes | None = None,
+             **headers: str) -> Answer:
         """One request; GET, or POST when there is data. The deadline covers the body too."""
         end = time.monotonic() + seconds
-        request = urllib.request.Request(self.base_url + path, data, {"Accept": "application/json", **(headers or {})})
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        request = urllib.request.Request(self.base_url + path, data, {"Accept": "application/json", **named})
         try:
             with self.opener.open(request, timeout=seconds) as response:
                 body = b""
                 while chunk := response.read1(65536):
                     body += chunk
                     if len(body) > BODY_LIMIT or time.monotonic() > end:
-                        return Answer(error="unexpected answer" if len(body) > BODY_LIMIT else "timeout")
-                whole = int(response.headers.get("Content-Length") or len(body)) == len(body)
-                date = response.headers.get("Date", "")
-                return Answer(response.status, body, date) if whole else Answer(error="unexpected answer")
+                        return Answer(error="timeout" if len(body) <= BODY_LIMIT else "unexpected answer")
+                if len(body) != int(response.headers.get("Content-Length") or len(body)):
+                    return Answer(error="unexpected answer")
+                return Answer(response.status, body, response.headers.get("Date", ""))
         except TimeoutError:
             return Answer(error="timeout")
         except OSError as error:
@@ -795,7 +577,7 @@ class Broker:
 
     def profile(self, token: str) -> Answer:
         """GET /v2/user/profile: the only proof that a token is alive."""
-        return self.send("/v2/user/profile", PROFILE_SECONDS, headers={"Authorization": f"Bearer {token}"})
+        return self.send("/v2/user/profile", Authorization=f"Bearer {token}")
 
     def dialog_path(self, app: App, state: str) -> str:
         """Path and query of the authorize dialog."""
@@ -804,23 +586,194 @@ class Broker:
 
     def preflight(self, app: App) -> Answer:
         """Ask for the authorize dialog without following it: costs no OTP, tells a wrong pair."""
-        return self.send(self.dialog_path(app, "preflight"), PROFILE_SECONDS)
+        return self.send(self.dialog_path(app, "preflight"))
 
     def exchange(self, app: App, code: str) -> Answer:
         """POST the authorization code; it is spent whatever the answer is."""
         form = {"code": code, "client_id": app.client_id, "client_secret": app.client_secret,
                 "redirect_uri": app.redirect_uri, "grant_type": "authorization_code"}
-        return self.send("/v2/login/authorization/token", EXCHANGE_SECONDS, data=urllib.parse.urlencode(form).encode())
+        return self.send("/v2/login/authorization/token", EXCHANGE_SECONDS,
+                         data=urllib.parse.urlencode(form).encode())
+
+    def request_token(self, app: App) -> Answer:
+        """Flow V3: ask for a token that the user approves on the phone."""
+        path = f"/v3/login/auth/token/request/{urllib.parse.quote(app.client_id, safe='')}"
+        return self.send(path, data=json.dumps({"client_secret": app.client_secret}).encode(),
+                         Content_Type="application/json")
 
 
-def clock_offset(answer: Answer, at: float) -> float | None:
-    """Seconds that this machine's clock was ahead of the answer's Date header, None without one."""
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        return at - parsedate_to_datetime(answer.date).timestamp()
-    return None
+# ---- Database: the source of truth, shared with a Java back end --------------------------------------------------
+
+DB_REMEDIES = (
+    ("locked", "is locked by another program. Close what holds it, or try again in a minute."),
+    ("not a database", "is not a SQLite database. Name the right file with --db."),
+    ("malformed", "is damaged. Restore it from a backup, or rescue it with sqlite3's .recover."),
+    ("readonly", "cannot be written. Give this user write permission on the file and on its folder."),
+    ("unable to open", "cannot be opened. Check that its folder exists and this user may read and write there."),
+    ("is full", "cannot grow: the disk is full. Free some space."),
+    ("is a view", "has a view named upstox_tokens. A table is needed: rename the view or use another file."),
+    ("no column named", "lacks a column of the guide's table upstox_tokens. Add it, or use another file."),
+    ("no such column", "lacks a column of the guide's table upstox_tokens. Add it, or use another file."),
+    ("NOT NULL", "demands a value that the guide's INSERT does not give. Give that column a default."),
+    ("UNIQUE", "has a row in the way of a unique index. Remove that row."),
+)
 
 
-# ---- Status of a token: time, then the broker's profile answer --------------------------------------------
+@dataclass(frozen=True)
+class Token:
+    """A stored row, as far as this program reads it."""
+
+    api_name: str
+    access_token: str = field(repr=False)
+    client_id: str | None
+    created: float | None
+    validity_at: Any
+    generated_at: Any
+    is_active: Any = 1
+
+
+def database_error(path: Path, error: Exception) -> DatabaseError:
+    """One sentence with the path, the remedy, and what SQLite said."""
+    remedy = next((words for key, words in DB_REMEDIES if key in str(error)), "cannot be used.")
+    return DatabaseError(f"The database {path} {remedy} (SQLite: {printable(error, 200)})")
+
+
+def connect(path: Path, mode: str, seconds: float) -> sqlite3.Connection:
+    """Open an existing database; `mode` is ro or rw, `seconds` the patience with locks."""
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    connection = sqlite3.connect(uri, uri=True, timeout=seconds, isolation_level=None)
+    connection.text_factory = lambda data: data.decode("utf-8", "replace")
+    return connection
+
+
+@contextlib.contextmanager
+def transaction(path: Path, seconds: float = READ_SECONDS) -> Iterator[sqlite3.Connection]:
+    """BEGIN IMMEDIATE; commits, or rolls back on any exception. Keep it to milliseconds: others wait."""
+    try:
+        with contextlib.closing(connect(path, "rw", seconds)) as connection, connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+    except sqlite3.Error as error:
+        raise database_error(path, error) from None
+
+
+def select(path: Path, query: str) -> list[tuple]:
+    """Rows of a query without writing anything; none when the file or the table is missing."""
+    for mode in ("ro", "rw") if path.exists() else ():
+        try:
+            with contextlib.closing(connect(path, mode, READ_SECONDS)) as connection:
+                return connection.execute(query).fetchall()
+        except sqlite3.Error as error:
+            if "no such table" in str(error):
+                break
+            # what a killed writer left must be rolled back before anyone can read: that takes rw
+            if mode == "rw" or not re.search("readonly|unable to open", str(error)):
+                raise database_error(path, error) from None
+    return []
+
+
+def read_tokens(path: Path) -> dict[str, Token]:
+    """The newest row of each api_name, in any form that other programs leave."""
+    rows = select(path, "SELECT api_name, access_token, client_id, created_at, validity_at, generated_at, "
+                        "is_active FROM upstox_tokens ORDER BY id")
+    tokens: dict[str, Token] = {}
+    for name, token, client_id, created, *rest in rows:
+        text = token.decode("utf-8", "replace") if isinstance(token, bytes) else str(token or "")
+        row = Token(str(name), text, client_id, parse_created(created), *rest)
+        older = tokens.get(row.api_name)
+        if older is None or (row.created or 0) >= (older.created or 0):
+            tokens[row.api_name] = row
+    return tokens
+
+
+def create_database(path: Path) -> bool:
+    """Make the file (mode 0600) and the guide's table where missing; True when the file is new."""
+    new = not path.exists()
+    try:
+        if new:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    except OSError as error:
+        raise DatabaseError(f"The database {path} cannot be created: {error.strerror}. Name a file in a folder "
+                            "that exists and that this user may write with --db.") from None
+    if not select(path, "SELECT 1 FROM sqlite_master WHERE name = 'upstox_tokens'"):
+        with transaction(path, PROOF_SECONDS) as connection:
+            connection.execute(TOKENS_DDL)
+    return new
+
+
+def token_row(app: App, access_token: str, now: float, valid_until: float) -> dict[str, Any]:
+    """The columns of the guide's INSERT (4.1); a plain Java reader parses exactly these forms."""
+    return {"access_token": access_token, "api_name": app.name, "client_id": app.client_id,
+            "client_secret": app.client_secret, "created_at": int(now * 1000),
+            "expires_in": int(valid_until - now), "is_primary": int(app.name == "PRIMARY"),
+            "redirect_uri": app.redirect_uri, "token_type": "Bearer", "api_index": app.index,
+            "generated_at": local_text(now), "is_active": 1, "updated_at": int(now * 1000),
+            "validity_at": local_text(valid_until)}
+
+
+def upsert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
+    """Replace the row of one api_name (the guide 4.1)."""
+    connection.execute("DELETE FROM upstox_tokens WHERE api_name = :api_name", row)
+    connection.execute(f"INSERT INTO upstox_tokens ({', '.join(row)}) VALUES (:{', :'.join(row)})", row)
+
+
+def prove_writable(path: Path, apps: Iterable[App], now: float) -> None:
+    """The real DELETE and INSERT for each app, rolled back: no login for a database that refuses the token."""
+    with transaction(path, PROOF_SECONDS) as connection:
+        for app in apps:
+            upsert(connection, token_row(app, "x" * 2000, now, now + 1))
+        connection.rollback()
+
+
+def deactivate(path: Path, tokens: Iterable[Token], now: float) -> None:
+    """Mark tokens that the broker answered 401 for; a row replaced meanwhile is left alone."""
+    with transaction(path, PROOF_SECONDS) as connection:
+        connection.executemany("UPDATE upstox_tokens SET is_active = 0, updated_at = ? "
+                               "WHERE api_name = ? AND access_token = ?",
+                               [(int(now * 1000), token.api_name, token.access_token) for token in tokens])
+
+
+def add_audit(connection: sqlite3.Connection, *row: Any) -> None:
+    """at (epoch ms), run_id, api_name, source, flow, outcome, reason; the table is made when first needed."""
+    connection.execute(AUDIT_DDL)
+    connection.execute("INSERT INTO upstox_token_audit (at, run_id, api_name, source, flow, outcome, reason) "
+                       "VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+
+def import_apps(path: Path, apps: Iterable[App], now: float) -> None:
+    """Copy the app configuration into upstox_api_configs; rows in the way are replaced, others kept."""
+    with transaction(path, PROOF_SECONDS) as connection:
+        connection.execute(CONFIGS_DDL)
+        for app in apps:
+            connection.execute("DELETE FROM upstox_api_configs WHERE api_index = ? OR api_name = ?",
+                               (app.index, app.name))
+            connection.execute(
+                "INSERT INTO upstox_api_configs (api_index, api_name, client_id, client_secret, redirect_uri, "
+                "is_primary, is_enabled, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, 1, ?, ?)",
+                (app.index, app.name, app.client_id, app.client_secret, app.redirect_uri or None,
+                 int(app.name == "PRIMARY"), int(now * 1000), int(now * 1000)))
+
+
+def stored_apps(path: Path) -> list[dict[str, Any]]:
+    """The raw fields of the rows of upstox_api_configs."""
+    rows = select(path, "SELECT api_index, api_name, client_id, client_secret, redirect_uri, is_enabled "
+                        "FROM upstox_api_configs ORDER BY api_index")
+    if not rows:
+        raise ConfigError(f"upstox_api_configs: no rows in {path}. Fill it with --import-config.")
+    names = ("api_name", "client_id", "client_secret", "redirect_uri")
+    return [{"index": index, "enabled": str(enabled).lower() in ("1", "true"),
+             **{name: str(value or "") for name, value in zip(names, values)}} for index, *values, enabled in rows]
+
+
+def find_database(db: str | os.PathLike | None) -> Path:
+    """--db, else an existing vega_trade.db here or beside the script, else one to be created here."""
+    here = Path.cwd()
+    return Path(db) if db else first_existing(DATABASE_NAME, here, Path(__file__).parent) or here / DATABASE_NAME
+
+
+# ---- Status of a token: time, then the broker's profile answer -----------------------------------------------------
+
+PLAIN_TOKEN = re.compile(r"[!-~]{1,8000}")
 
 
 @dataclass(frozen=True)
@@ -830,7 +783,7 @@ class Status:
     api_name: str
     word: str
     reason: str = ""
-    token: Token | None = field(default=None, repr=False)
+    token: Token | None = None
 
     @property
     def label(self) -> str:
@@ -838,28 +791,22 @@ class Status:
         return f"{self.word} ({self.reason})" if self.reason else self.word
 
 
-NEEDS_LOGIN = ("INVALID", "EXPIRED", "NOT FOUND")
-
-
 def judge_stored(token: Token | None, client_id: str | None, now: float) -> tuple[str, str] | None:
     """(word, reason) from the row alone, None when only the broker can tell (contract 4, steps 1-3)."""
     if token is None or not token.access_token.strip():
         return "NOT FOUND", ""
-    if str(token.is_active) in ("0", "false"):
+    if str(token.is_active).lower() in ("0", "false"):
         return "INVALID", "inactive"
     if token.client_id and token.client_id != client_id:
         return "INVALID", "client changed"
     if not PLAIN_TOKEN.fullmatch(token.access_token):
-        return "INVALID", "malformed token"  # could not even be sent in a header
-    valid_until = parse_text_time(token.validity_at)
+        return "INVALID", "malformed token"  # it could not even be sent in a header
+    valid_until = parse_time(token.validity_at)
     if valid_until is None:
         return "EXPIRED", "validity unreadable"
     if now >= valid_until or token.created is not None and now >= cutoff_after(token.created):
         return "EXPIRED", ""
     return None
-
-
-PLAIN_TOKEN = re.compile(r"[!-~]{1,8000}")
 
 
 def judge_profile(answer: Answer) -> tuple[str, str]:
@@ -875,44 +822,37 @@ def judge_profile(answer: Answer) -> tuple[str, str]:
 
 def check_tokens(config: Config, path: Path, broker: Broker, now: float) -> list[Status]:
     """The status of every configured app; the profile calls run side by side."""
-    rows = newest(read_tokens(path))
+    rows = read_tokens(path)
     verdicts = {app.name: judge_stored(rows.get(app.name), app.client_id, now) for app in config.apps}
     asked = [name for name, verdict in verdicts.items() if verdict is None]
-    calls = [lambda name=name: broker.profile(rows[name].access_token) for name in asked]
-    answers = side_by_side(calls, PROFILE_SECONDS, Answer(error="timeout"))
-    verdicts.update((name, judge_profile(answer)) for name, answer in zip(asked, answers))
+    answers = side_by_side([lambda name=name: broker.profile(rows[name].access_token) for name in asked],
+                           PROFILE_SECONDS, Answer(error="timeout"))
+    verdicts |= {name: judge_profile(answer) for name, answer in zip(asked, answers)}
     return [Status(name, *verdict, rows.get(name)) for name, verdict in verdicts.items()]
-
-
-def unknown_names(path: Path) -> list[str]:
-    """Names in the table that are none of the fixed API names."""
-    return sorted({token.api_name for token in read_tokens(path)} - set(API_NAMES))
 
 
 def access_token(api_name: str, db: str | os.PathLike | None = None) -> str:
     """The stored access token of one app, for Python programs.
 
     Raises TokenError with the reason when there is none, it is inactive, or its time is over (layer 1 of the
-    guide, section 5); the broker is not asked.
+    guide's section 5); the broker is not asked.
     """
-    path = find_database(db)
-    token = newest(read_tokens(path)).get(api_name.upper())
-    status = judge_stored(token, token.client_id if token else None, time.time())
-    if status:
-        raise TokenError(f"{api_name.upper()} is {Status(api_name, *status).label} in {path}. "
-                         "Run upstox_tokens.py --mode INVALID_ONLY.")
+    path, name = find_database(db), api_name.upper()
+    token = read_tokens(path).get(name)
+    if verdict := judge_stored(token, token and token.client_id, time.time()):
+        raise TokenError(f"{name} is {Status(name, *verdict).label} in {path}. Run upstox_tokens.py --mode INVALID_ONLY.")
     return token.access_token
 
 
-# ---- One run at a time, and what protects the account ---------------------------------------------------
+# ---- One run at a time, and what protects the account ---------------------------------------------------------
 
 
 def lock_exclusively(handle: int) -> bool:
-    """Take the lock on an open file, False when another process has it; the system drops it at process end."""
+    """Lock an open file; False when another process has it. The system drops the lock at the process's end."""
     try:
         import fcntl
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: lock a byte far behind the text, since locked bytes cannot be read
+    except ImportError:  # Windows: a byte far behind the text, since locked bytes cannot be read
         import msvcrt
         try:
             os.lseek(handle, 1 << 30, os.SEEK_SET)
@@ -927,27 +867,27 @@ def lock_exclusively(handle: int) -> bool:
 class AccountGuard:
     """The run lock of one database and, in the same file, the memory that keeps the account from being locked.
 
-    The broker locks an account after five wrong PINs. So every code and PIN is counted here before it is
-    sent, and counted off when the broker took it; the counts outlive a killed process. The file holds no secret:
-    `fingerprint` is an HMAC of mobile number and PIN under the TOTP secret, and changes with any of the three.
+    The broker locks an account after five wrong PINs. So each code and PIN is counted here before it is sent,
+    and the count is cleared when the broker took it; that outlives a killed process. The file holds no secret:
+    `fingerprint` is an HMAC of mobile number and PIN under the TOTP secret and changes with any of the three.
     """
 
-    CODES = 2  # a refused TOTP is tried once more with the next window's code
+    CODES = 2  # a refused TOTP code is followed by one more, from the next window
 
     def __init__(self, database: Path, config: Config) -> None:
         self.path = Path(f"{database.resolve()}.upstox-lock")
         self.handle: int | None = None
         self.state: dict[str, Any] = {}
-        parts = f"{config.mobile}:{config.pin}".encode()
-        self.fingerprint = hmac.new(config.totp.encode(), parts, hashlib.sha256).hexdigest()
+        who = f"{config.mobile}:{config.pin}".encode()
+        self.fingerprint = hmac.new(config.totp.encode(), who, hashlib.sha256).hexdigest()
 
     def acquire(self) -> None:
         """Become the one generating run of this database, or raise BusyError."""
         try:
             self.handle = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:
-            raise DatabaseError(f"The lock file {self.path} cannot be opened: {error.strerror}. "
-                                "Give this user write permission on it and on its folder.") from None
+            raise DatabaseError(f"The lock file {self.path} cannot be opened: {error.strerror}. Give this user "
+                                "write permission on it and on its folder.") from None
         if not lock_exclusively(self.handle):
             self.release()
             raise BusyError("Another run is busy generating tokens for this database. Try again when it has ended.")
@@ -960,25 +900,22 @@ class AccountGuard:
             self.handle = None
 
     def load(self) -> None:
-        """Read the memory; a change of PIN, TOTP secret or mobile number in the configuration clears it."""
-        try:
+        """Read the memory; another PIN, TOTP secret or mobile number in the configuration clears it."""
+        state: dict[str, Any] = {}
+        with contextlib.suppress(OSError):
             state = json_object(self.path.read_bytes())
-        except OSError:
-            state = {}
-        window = state.get("window")
-        self.state = state if state.get("fingerprint") == self.fingerprint else {"fingerprint": self.fingerprint}
-        self.state["window"] = window if isinstance(window, int) else 0
+        same = state.get("fingerprint") == self.fingerprint
+        self.state = {**(state if same else {}), "window": state.get("window"), "fingerprint": self.fingerprint}
 
     def save(self, **changes: Any) -> None:
-        """Write the memory through to the disk, in one write, before what it announces happens."""
+        """Write through to the disk, in one write, before what is noted happens."""
         self.state.update(changes)
-        data = json.dumps(self.state).encode()
         os.lseek(self.handle, 0, os.SEEK_SET)
-        os.write(self.handle, data.ljust(1024))  # longer than any earlier text, so nothing is left behind it
+        os.write(self.handle, json.dumps(self.state).encode().ljust(1024))  # covers any earlier, longer text
         os.fsync(self.handle)
 
     def count(self, key: str) -> int:
-        """How often a secret was sent since the broker last took one."""
+        """A number of the memory: codes and pins sent since the broker last took one, or the last code's window."""
         value = self.state.get(key)
         return value if isinstance(value, int) else 0
 
@@ -986,15 +923,11 @@ class AccountGuard:
         """Why an unattended run must not log in, or an empty text."""
         if self.state.get("hold"):
             return printable(self.state["hold"], 300)
-        if self.count("pins") > bool(self.state.get("proven")):
+        if self.count("pins") > bool(self.state.get("proven")):  # a PIN that once was right may be sent once more
             return "an earlier run ended before the broker answered to the PIN"
         if self.count("codes") >= self.CODES:
             return "an earlier run ended before the broker answered to the TOTP code"
         return ""
-
-    def clear(self) -> None:
-        """An operator goes ahead."""
-        self.save(hold="", pins=0, codes=0)
 
 
 def totp_wait(now: float, last_window: int) -> float:
@@ -1004,12 +937,11 @@ def totp_wait(now: float, last_window: int) -> float:
     return 0.0 if window > used and left >= TOTP_MARGIN else (window + 1) * TOTP_WINDOW - now
 
 
-# ---- The browser ------------------------------------------------------------------------------------------
+# ---- The browser -------------------------------------------------------------------------------------------------
 
 # the login page's only stable names (facts/login-page.md): step -> (field id, button id)
 STEPS = {"pin": ("pinCode", "pinContinueBtn"), "otp": ("otpNum", "continueBtn"), "mobile": ("mobileNum", "getOtp")}
 CAPTCHA = 'iframe[src*="challenges.cloudflare.com"], .cf-turnstile'
-
 LOOK = """
 const [ids, captcha] = arguments, items = {};
 for (const id of ids) {
@@ -1020,14 +952,14 @@ for (const id of ids) {
 return {items, path: location.pathname, captcha: !!document.querySelector(captcha),
         text: (document.body ? document.body.innerText : '').slice(0, 20000)};
 """
-# a press is one step inside the page, so that no re-rendering comes between finding and clicking; what lies
-# over the button (a spinner) makes it wait, as it would a person
+# one step inside the page, so that no re-rendering comes between finding and clicking; a button that something
+# covers (a spinner) has to wait, as it would for a person
 PRESS = """
 const e = document.getElementById(arguments[0]);
 if (!e || e.disabled || !e.getClientRects().length) return false;
 e.scrollIntoView({block: 'center'});
-const r = e.getBoundingClientRect(), top = document.elementFromPoint(r.x + r.width / 2, r.y + r.height / 2);
-if (!e.contains(top)) return false;
+const r = e.getBoundingClientRect();
+if (!e.contains(document.elementFromPoint(r.x + r.width / 2, r.y + r.height / 2))) return false;
 e.click();
 return true;
 """
@@ -1035,10 +967,10 @@ BLANK = """
 for (const e of document.querySelectorAll('input')) e.value = '';
 const walk = document.createTreeWalker(document.documentElement, NodeFilter.SHOW_TEXT);
 while (walk.nextNode()) for (const secret of arguments[0])
-  if (walk.currentNode.data.includes(secret)) walk.currentNode.data = walk.currentNode.data.replaceAll(secret, '***');
+  walk.currentNode.data = walk.currentNode.data.replaceAll(secret, '***');
 """
-# holds the driver in a process group of its own, and ends it with all its browsers when our end of the pipe
-# closes: at the end of a run, and just as well when this program was killed
+# a small process that holds the driver in a process group of its own, and ends it with all its browsers when our
+# end of the pipe closes: at the end of a run, and just as well when this program was killed
 KEEPER = """
 import os, shutil, signal, subprocess, sys, time
 os.mkdir(sys.argv[1], 0o700)
@@ -1055,6 +987,7 @@ for _ in range(50):
         break
     time.sleep(0.1)
 """
+INSTALL_BROWSER = "Install a browser and its driver (Debian: apt install chromium chromium-driver), then run --check."
 
 
 @dataclass(frozen=True)
@@ -1074,39 +1007,52 @@ class View:
 
     def value(self, step: str) -> str | None:
         """Digits in the step's field, None when it is not shown."""
-        item = self.items.get(STEPS[step][0])
-        return item["value"] if item else None
+        return self.items.get(STEPS[step][0], {}).get("value")
 
     def ready(self, step: str) -> bool:
         """Whether the step's button can be pressed."""
         return bool(self.items.get(STEPS[step][1], {}).get("enabled"))
 
-    def toast(self) -> tuple[str, str] | None:
+    def toast(self) -> tuple[str, str]:
         """(message, code) of an error toast; it lives 3 s and ends in [code]."""
         match = re.search(r"^(.*)\[([0-9]{3,7})\]\s*$", self.text, re.MULTILINE)
-        return (printable(match[1], 200), match[2]) if match else None
+        return (printable(match[1], 200), match[2]) if match else ("", "")
 
 
-def browser_arguments(profile: str, redirect_uris: Iterable[str], headed: bool) -> list[str]:
-    """Chromium's switches. None hides that the browser is automated."""
-    arguments = [f"--user-data-dir={profile}", "--window-size=1280,900", "--disable-dev-shm-usage",
-                 "--no-first-run", "--disable-sync", "--disable-background-networking",
-                 "--disable-component-update", f"--host-resolver-rules={resolver_rules(redirect_uris)}"]
-    if not headed:
-        arguments.append("--headless=new")
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        arguments.append("--no-sandbox")  # Chromium's sandbox does not run as root
-    return arguments
+def same_place(url: str, other: str) -> bool:
+    """Whether two URLs agree in scheme, host, port and path."""
+    def place(text: str) -> tuple:
+        parts = urllib.parse.urlsplit(text)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        return parts.scheme, parts.hostname, port, urllib.parse.unquote(parts.path) or "/"
+    try:
+        return place(url) == place(other)
+    except ValueError:
+        return False
 
 
 def resolver_rules(redirect_uris: Iterable[str]) -> str:
     """Make the redirect's host unknown to the browser: the code stays in the address bar, nobody receives it."""
     rules = set()
     for parts in map(urllib.parse.urlsplit, redirect_uris):
-        ports = [parts.port] if parts.port else [443, 80] if parts.scheme == "http" else [443]
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        rules.update(f"MAP {host}:{port} ~NOTFOUND" for port in ports)
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        # without a port an http address may be tried as https first
+        rules |= {f"MAP {host}:{port} ~NOTFOUND" for port in ([parts.port] if parts.port else [80, 443])}
     return ",".join(sorted(rules))
+
+
+@contextlib.contextmanager
+def browser_faults() -> Iterator[None]:
+    """Turn whatever Selenium or its HTTP client raise into a PageFault: their texts may quote what was typed."""
+    import urllib3.exceptions
+    from selenium.common.exceptions import WebDriverException
+    try:
+        yield
+    except WebDriverException as error:
+        reason = re.search(r"net::\w+|timeout|crashed|disconnected", str(error.msg))
+        raise PageFault(reason[0] if reason else type(error).__name__) from None
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise PageFault(type(error).__name__) from None
 
 
 class Browser:
@@ -1118,46 +1064,56 @@ class Browser:
         self.driver: Any = None
 
     def start(self) -> None:
-        """Start driver and browser; PageFault when they do not come up."""
+        """Start driver and browser, or LoginFailed with what is missing."""
         from selenium import webdriver
         from selenium.common.exceptions import WebDriverException
         from selenium.webdriver.common.proxy import Proxy, ProxyType
         from selenium.webdriver.remote.client_config import ClientConfig
         options = webdriver.ChromeOptions()
+        options.page_load_strategy = "eager"
         driver_path = find_driver(options, self.environ)
         profile = os.path.join(tempfile.gettempdir(), f"upstox_tokens-{secrets.token_hex(8)}")
-        for argument in browser_arguments(profile, self.redirect_uris, self.headed):
+        for argument in self.arguments(profile):
             options.add_argument(argument)
-        options.page_load_strategy = "eager"
         self.keeper = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", KEEPER, profile, driver_path, "--port=0"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            start_new_session=True, env=self.child_environ(profile))
-        # straight to the driver on loopback: a proxy would read every key typed
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0), env=self.child_environ(profile))
         address = side_by_side([lambda: driver_address(self.keeper.stdout)], PAGE_SECONDS, "")[0]
         if not address:
             raise LoginFailed(f"chromedriver did not start. {INSTALL_BROWSER}", stops_run=True)
+        # straight to the driver: a proxy would read every key typed
         config = ClientConfig(address, timeout=OUTCOME_SECONDS, proxy=Proxy({"proxyType": ProxyType.DIRECT}))
         with browser_faults():
             try:
-                self.driver = webdriver.Remote(config.remote_server_addr, options=options, client_config=config)
+                self.driver = webdriver.Remote(address, options=options, client_config=config)
             except WebDriverException as error:
-                raise LoginFailed(f"the browser did not start ({printable(error.msg, 200)}). "
-                                  f"{INSTALL_BROWSER}", stops_run=True) from None
+                said = printable(str(error.msg).partition("\n")[0], 200)
+                raise LoginFailed(f"the browser did not start ({said}). {INSTALL_BROWSER}", stops_run=True) from None
             self.driver.set_page_load_timeout(PAGE_SECONDS)
+
+    def arguments(self, profile: str) -> list[str]:
+        """Chromium's switches. None hides that the browser is automated."""
+        arguments = [f"--user-data-dir={profile}", "--window-size=1280,900", "--no-first-run", "--disable-sync",
+                     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
+        if rules := resolver_rules(self.redirect_uris):
+            arguments.append(f"--host-resolver-rules={rules}")
+        if not self.headed:
+            arguments.append("--headless=new")
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            arguments.append("--no-sandbox")  # Chromium's sandbox does not run as root
+        return arguments
 
     def child_environ(self, profile: str) -> dict[str, str]:
         """The environment of driver and browser: no secret of ours, no proxy for the redirect's host."""
-        environ = {k: v for k, v in self.environ.items() if not k.startswith(("UPSTOX_", "SE_"))}
+        environ = {key: value for key, value in self.environ.items() if not key.startswith(("UPSTOX_", "SE_"))}
         hosts = [urllib.parse.urlsplit(uri).hostname or "" for uri in self.redirect_uris]
-        for key in ("no_proxy", "NO_PROXY"):
-            environ[key] = ",".join(filter(None, [environ.get(key), *hosts]))
-        if sys.platform == "linux":
-            environ["TMPDIR"] = profile  # what Chromium leaves behind goes with the profile
-        return environ
+        environ |= {key: ",".join(filter(None, [environ.get(key), *hosts])) for key in ("no_proxy", "NO_PROXY")}
+        # what Chromium leaves in the temporary folder goes with the profile
+        return {**environ, "TMPDIR": profile} if sys.platform == "linux" else environ
 
     def open(self, url: str) -> None:
-        """Load a page. A redirect that ends at the unreachable redirect URI is arrival, not a fault."""
+        """Load a page. Ending at the unreachable redirect URI is arrival, not a fault."""
         if self.driver is None:
             self.start()
         from selenium.common.exceptions import WebDriverException
@@ -1169,44 +1125,40 @@ class Browser:
                     raise
 
     def arrived(self, url: str) -> bool:
-        """Whether an address is a redirect URI's: same scheme, host, port and path."""
+        """Whether an address is that of a redirect URI."""
         return any(same_place(url, uri) for uri in self.redirect_uris)
 
     def look(self) -> View:
-        """What the page shows now; an empty view while it is between two documents."""
+        """What the page shows now; only its address while it is between two documents."""
         from selenium.common.exceptions import WebDriverException
         ids = [name for pair in STEPS.values() for name in pair]
         with browser_faults():
             url = self.driver.current_url
-            if self.arrived(url):
-                return View(url)
             try:
-                return View(url, **self.driver.execute_script(LOOK, ids, CAPTCHA))
+                return View(url) if self.arrived(url) else View(url, **self.driver.execute_script(LOOK, ids, CAPTCHA))
             except WebDriverException as error:
                 if re.search("session|crash|disconnected|not reachable|no such window", str(error.msg)):
                     raise
                 return View(url)
 
     def wait(self, until: Callable[[View], object], seconds: float) -> View | None:
-        """Look until the condition holds; None when it does not in time. Looks get rarer the longer it takes."""
+        """Look until the condition holds; None when it does not in time. Looks get rarer as it takes longer."""
         start = time.monotonic()
-        while True:
-            view = self.look()
+        while not until(view := self.look()):
             spent = time.monotonic() - start
-            if until(view):
-                return view
             if spent > seconds:
                 return None
             time.sleep(min(0.02 + spent / 20, 0.5))
+        return view
 
     def type(self, step: str, text: str) -> None:
-        """Type over whatever the step's field holds. A field that just vanished or changed is no error."""
-        from selenium.common.exceptions import (ElementNotInteractableException, InvalidElementStateException,
-                                                NoSuchElementException, StaleElementReferenceException)
+        """Type over whatever the step's field holds. A field that vanished or changed meanwhile is no error."""
+        from selenium.common import exceptions as problems
         from selenium.webdriver.common.keys import Keys
         select_all = (Keys.COMMAND if sys.platform == "darwin" else Keys.CONTROL) + "a" + Keys.NULL
-        with browser_faults(), contextlib.suppress(ElementNotInteractableException, InvalidElementStateException,
-                                                   NoSuchElementException, StaleElementReferenceException):
+        with browser_faults(), contextlib.suppress(
+                problems.ElementNotInteractableException, problems.InvalidElementStateException,
+                problems.NoSuchElementException, problems.StaleElementReferenceException):
             self.driver.find_element("id", STEPS[step][0]).send_keys(select_all + text)
 
     def press(self, step: str) -> bool:
@@ -1214,13 +1166,12 @@ class Browser:
         with browser_faults():
             return bool(self.driver.execute_script(PRESS, STEPS[step][1]))
 
-    def evidence(self, folder: Path, name: str, secrets_known: Iterable[str]) -> None:
-        """Store a screenshot and the page's text with typed values and secrets blanked."""
+    def evidence(self, stem: Path, hidden: Iterable[str]) -> None:
+        """Store a screenshot and the page's text, with typed values and secrets blanked."""
         with browser_faults():
-            self.driver.execute_script(BLANK, sorted(secrets_known))
-            text = redact(self.look().text, secrets_known)
-            (folder / f"{name}.png").write_bytes(self.driver.get_screenshot_as_png())
-            (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+            self.driver.execute_script(BLANK, sorted(hidden))
+            Path(f"{stem}.png").write_bytes(self.driver.get_screenshot_as_png())
+            Path(f"{stem}.txt").write_text(redact(self.look().text, hidden), encoding="utf-8")
 
     def close(self) -> None:
         """End driver and browser and delete the profile; safe to call at any time."""
@@ -1229,24 +1180,6 @@ class Browser:
             keeper.stdin.close()
             keeper.wait()
             keeper.stdout.close()
-
-
-INSTALL_BROWSER = ("Install a browser and its driver (Debian: apt install chromium chromium-driver) "
-                   "and run --check.")
-
-
-@contextlib.contextmanager
-def browser_faults() -> Iterator[None]:
-    """Turn whatever Selenium or its HTTP client raise into a PageFault: their texts may quote what was typed."""
-    import urllib3.exceptions
-    from selenium.common.exceptions import WebDriverException
-    try:
-        yield
-    except WebDriverException as error:
-        reason = re.search(r"net::\w+|timeout|crash|disconnected", str(error.msg))
-        raise PageFault(reason[0] if reason else type(error).__name__) from None
-    except (urllib3.exceptions.HTTPError, OSError) as error:
-        raise PageFault(type(error).__name__) from None
 
 
 def find_driver(options: Any, environ: Mapping[str, str]) -> str:
@@ -1274,81 +1207,54 @@ def driver_address(output: Any) -> str:
     return ""
 
 
-def same_place(url: str, other: str) -> bool:
-    """Whether two URLs agree in scheme, host, port and path."""
-    def place(text: str) -> tuple:
-        parts = urllib.parse.urlsplit(text)
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-        return parts.scheme, parts.hostname, port, urllib.parse.unquote(parts.path) or "/"
-    try:
-        return place(url) == place(other)
-    except ValueError:
-        return False
+# ---- The login page, step by step ------------------------------------------------------------------------------
 
-
-def redact(text: str, secrets_known: Iterable[str]) -> str:
-    """Replace every known secret in a text: the last line of defence behind not putting it there."""
-    for secret in sorted(secrets_known, key=len, reverse=True):
-        text = text.replace(secret, "[hidden]")
-    return text
-
-
-# ---- The login page, step by step --------------------------------------------------------------------------
-
-# what the page's error codes mean (facts/login-page.md): text, stops the run, needs an operator, holds
-PAGE_CODES = {
-    "1017016": ("the broker does not know the mobile number. Correct UPSTOX_MOBILE_NUMBER.", True, True, False),
-    "1017074": ("several accounts are linked to the mobile number. Ask the broker to separate them, or use "
-                "--flow V3.", True, True, False),
-    "1017069": ("the broker's limit of OTP requests is reached. Wait 10 minutes, then run again.", True, False, False),
-    "1017078": ("the broker blocked OTP entry. Wait 10 minutes, then run again.", True, False, False),
-    "1017125": ("the broker blocked OTP entry. Wait 10 minutes, then run again.", True, False, False),
-    "1017076": ("the broker's OTP session expired. Run again.", False, False, False),
-    "1017090": ("the account is locked after too many wrong PINs. Unlock it in the Upstox app (PAN and OTP), then "
-                "start the menu.", True, True, True),
-    "1017072": ("the broker calls this login page's version outdated. Run again later.", False, False, False),
-    "500": ("the login page lost its connection to the broker. Run again.", False, False, False),
-}
-PAGE_CODES |= dict.fromkeys(("1017007", "1017079", "1017084", "1017095", "1017105"),
-                            ("the broker ended the login session. Run again.", False, False, False))
-# alerts that carry no code: pattern in the page's text or path -> text or code, and the flags as above
-PAGE_TEXTS = (
-    (r"account has been locked|^/unlock-account", PAGE_CODES["1017090"]),
-    (r"create a new (6-digit )?pin", ("the page asks to create a new PIN, which this program never does. Set the PIN "
-                                      "in the Upstox app, then run again.", False, False, False)),
-    (r"reactivate your account|^/reactivate-account", ("the account is dormant. Reactivate it in the Upstox app, "
-                                                       "then run again.", False, False, False)),
-    (r"^something went wrong", ("the login page says that something went wrong. Run again.", False, False, False)),
-)
-REFUSED = {
-    "mobile": ("the broker did not accept the mobile number{}. Check UPSTOX_MOBILE_NUMBER.", True, True, False),
-    "otp": ("the broker refused the TOTP code{}. Check UPSTOX_TOTP and this machine's clock, then start the menu.",
-            True, True, True),
-    "pin": ("the broker refused the PIN{}. Correct UPSTOX_PIN (five wrong PINs lock the account).", True, True, True),
-}
-
-
-def login_failure(words: tuple[str, bool, bool, bool], said: str = "") -> LoginFailed:
-    """The exception for one row of the tables above."""
-    text, stops_run, operator, hold = words
-    return LoginFailed(text.format(f" ({said})" if said else ""), stops_run=stops_run, operator=operator, hold=hold)
+LOCKED = LoginFailed("the account is locked after too many wrong PINs. Unlock it in the Upstox app (PAN and OTP), then "
+                     "start the menu.", stops_run=True, operator=True, hold=True)
+OTP_BLOCKED = LoginFailed("the broker blocked OTP entry for a while. Wait 10 minutes, then run again.", stops_run=True)
+SESSION_LOST = LoginFailed("the broker ended the login session. Run again.")
+CONNECTION_LOST = LoginFailed("the login page lost its connection to the broker. Run again.")
+PAGE_CODES = {  # what the page's error codes mean (facts/upstox-api.md 2)
+    "1017016": LoginFailed("the broker does not know the mobile number. Correct UPSTOX_MOBILE_NUMBER.",
+                           stops_run=True, operator=True),
+    "1017074": LoginFailed("several accounts are linked to the mobile number. Ask the broker to separate them, or use "
+                           "--flow V3.", stops_run=True, operator=True),
+    "1017069": LoginFailed("the broker's limit of OTP requests is reached. Wait 10 minutes, then run again.",
+                           stops_run=True),
+    "1017076": LoginFailed("the broker's OTP session expired. Run again."),
+    "1017072": LoginFailed("the broker calls the login page's version outdated. Run again later."),
+    "1017078": OTP_BLOCKED, "1017125": OTP_BLOCKED, "1017090": LOCKED, "500": CONNECTION_LOST,
+    **dict.fromkeys(("1017007", "1017079", "1017084", "1017095", "1017105"), SESSION_LOST)}
+PAGE_TEXTS = {  # alerts and pages that carry no code: pattern in the text or the path
+    r"account has been locked|^/unlock-account": LOCKED,
+    r"create a new (6-digit )?pin": LoginFailed("the page asks to create a new PIN, which this program never does. Set "
+                                                "the PIN in the Upstox app, then run again."),
+    r"reactivate your account|^/reactivate-account": LoginFailed("the account is dormant. Reactivate it in the Upstox "
+                                                                 "app, then run again."),
+    r"^something went wrong": LoginFailed("the login page says that something went wrong. Run again.")}
+REFUSED = {  # any other code right after an entry
+    "mobile": ("the broker did not accept the mobile number ({}). Check UPSTOX_MOBILE_NUMBER.", False),
+    "otp": ("the broker refused the TOTP code ({}). Check UPSTOX_TOTP and this machine's clock, then start the menu.",
+            True),
+    "pin": ("the broker refused the PIN ({}). Correct UPSTOX_PIN: five wrong PINs lock the account.", True)}
 
 
 def page_complaint(view: View, step: str) -> LoginFailed | None:
     """What the page says against going on after an entry in `step`, None when it says nothing."""
-    for pattern, words in PAGE_TEXTS:
+    for pattern, failure in PAGE_TEXTS.items():
         if re.search(pattern, view.text, re.I | re.M) or re.search(pattern, view.path):
-            return login_failure(words)
+            return failure
     if dialog := re.search(r"UDAPI\d+", view.text):
         meaning, remedy = BROKER_ERRORS.get(dialog[0], ("the authorize dialog answered with an error", "Run again."))
         return LoginFailed(f"{meaning} ({dialog[0]}). {remedy}")
-    blocked = step == "otp" and not view.items.get("otpNum", {"enabled": True})["enabled"]
-    if blocked and re.search(r"too many|exceeded|blocked|try again (after|in)", view.text, re.I):
-        return login_failure(PAGE_CODES["1017078"])
-    if toast := view.toast():
-        message, code = toast
-        return login_failure(PAGE_CODES.get(code) or REFUSED.get(step, PAGE_CODES["500"]), f"{message} {code}".strip())
-    return None
+    disabled = step == "otp" and not view.items.get("otpNum", {"enabled": True})["enabled"]
+    if disabled and re.search(r"too many|exceeded|blocked|try again (after|in)", view.text, re.I):
+        return OTP_BLOCKED
+    message, code = view.toast()
+    if code in PAGE_CODES or not code:
+        return PAGE_CODES.get(code)
+    text, hold = REFUSED.get(step, REFUSED["mobile"])
+    return LoginFailed(text.format(f"{message} {code}".strip()), stops_run=True, operator=True, hold=hold)
 
 
 def authorization_code(url: str, state: str) -> str:
@@ -1379,25 +1285,25 @@ class Login:
         state = secrets.token_urlsafe(16)
         self.say("opening the login page")
         self.browser.open(self.run.broker.base_url + self.run.broker.dialog_path(self.app, state))
-        view = self.next_step("")
+        view = self.next_step("", PAGE_SECONDS)
         while view.step:
-            view = {"mobile": self.enter_mobile, "otp": self.enter_totp, "pin": self.enter_pin}[view.step](view)
+            view = {"mobile": self.enter_mobile, "otp": self.enter_totp, "pin": self.enter_pin}[view.step]()
         return authorization_code(view.url, state)
 
-    def next_step(self, step: str, seconds: float = PAGE_SECONDS) -> View:
-        """Wait until the page shows another step than this one, or arrives; what it says against it is raised."""
+    def next_step(self, step: str, seconds: float) -> View:
+        """Wait until the page shows another step than this one, or arrives; its complaint is raised."""
         def moved(view: View) -> object:
             return self.browser.arrived(view.url) or view.step not in ("", step) or page_complaint(view, step)
         view = self.browser.wait(moved, seconds)
-        if view is None and self.typed:
-            raise LoginFailed(f"the login page did not go on within {seconds} s. Run again; if it stays so, look at "
-                              "it with --headed.")
-        if view is None:
+        if view is None and not self.typed:
             raise PageFault("the page stayed blank")
+        if view is None:
+            raise LoginFailed(f"the login page did not go on within {seconds} s. Run again; if it stays so, look at it "
+                              "with --headed.")
         if complaint := page_complaint(view, step):
-            raise complaint
+            raise copy.copy(complaint)
         if view.step == "mobile" and self.under_way:
-            raise login_failure(PAGE_CODES["1017079"])
+            raise copy.copy(SESSION_LOST)
         return view
 
     def fill(self, step: str, text: str) -> None:
@@ -1405,18 +1311,25 @@ class Login:
         self.typed = True
         for _ in range(20):
             self.browser.type(step, text)
-            view = self.browser.wait(lambda v: v.value(step) in (text, None) or page_complaint(v, step), 1.0)
-            if view:
+            if self.browser.wait(lambda v: v.value(step) in (text, None) or page_complaint(v, step), 1.0):
                 return
         raise LoginFailed(f"the login page did not take what was typed ({step}). Run again.")
 
-    def submit(self, step: str, seconds: float) -> None:
-        """Press the step's button once it can be pressed; a page that moved on by itself needs no press."""
-        def gone(view: View) -> object:
-            return view.value(step) in (None, "") or page_complaint(view, step)
-        self.browser.wait(lambda v: gone(v) or v.ready(step) and self.browser.press(step), seconds)
+    def submit(self, step: str) -> bool:
+        """Press the step's button once it can be pressed; False when the page moved on by itself."""
+        pressed = False
 
-    def enter_mobile(self, view: View) -> View:
+        def done(view: View) -> object:
+            nonlocal pressed
+            if view.value(step) in (None, "") or page_complaint(view, step):
+                return True
+            pressed = view.ready(step) and self.browser.press(step)
+            return pressed
+
+        self.browser.wait(done, PAGE_SECONDS)
+        return pressed
+
+    def enter_mobile(self) -> View:
         """Mobile number, then Get OTP, which a CAPTCHA may keep disabled."""
         self.fill("mobile", self.run.config.mobile)
         view = self.browser.wait(lambda v: v.ready("mobile") or v.captcha, PAGE_SECONDS)
@@ -1425,27 +1338,30 @@ class Login:
         if not view.ready("mobile"):
             self.wait_for_captcha()
         self.under_way = True
-        self.submit("mobile", PAGE_SECONDS)
+        self.submit("mobile")
         self.say("asked for the OTP step")
         return self.next_step("mobile", OUTCOME_SECONDS)
 
     def wait_for_captcha(self) -> None:
-        """A CAPTCHA belongs to the operator; headless it can only pass by itself."""
-        headed = self.browser.headed
-        self.run.reporter.operator(self.app.name, "solve the CAPTCHA in the browser window" if headed
-                                   else "the page shows a CAPTCHA; waiting whether it passes by itself")
-        passed = self.browser.wait(lambda v: v.ready("mobile") or v.step != "mobile", CAPTCHA_SECONDS[headed])
+        """A CAPTCHA belongs to the operator; without a window it can only pass by itself."""
+        if self.browser.headed:
+            self.run.reporter.operator(self.app.name, "solve the CAPTCHA in the browser window")
+        else:
+            self.say("the page shows a CAPTCHA; waiting whether it passes by itself")
+        seconds = CAPTCHA_HEADED_SECONDS if self.browser.headed else CAPTCHA_SECONDS
+        passed = self.browser.wait(lambda v: v.ready("mobile") or v.step != "mobile", seconds)
         self.run.reporter.operator(self.app.name, "")
         if not passed:
-            raise CaptchaShown(headed)
+            raise LoginFailed("nobody solved the CAPTCHA in time. Run again when an operator is there." if
+                              self.browser.headed else "the login page shows a CAPTCHA, which only a person may solve. "
+                              "Run with --headed on a machine with a display, or use --flow V3.",
+                              stops_run=True, operator=True, captcha=True)
 
-    def enter_totp(self, view: View) -> View:
+    def enter_totp(self) -> View:
         """A code that was never sent before; if it is refused, one more from the next window."""
         while True:
-            if self.guard.count("codes") >= self.guard.CODES:
-                raise login_failure(REFUSED["otp"])
             self.fill("otp", self.fresh_code())
-            self.submit("otp", PAGE_SECONDS)
+            self.submit("otp")
             self.say("TOTP code sent")
             try:
                 view = self.next_step("otp", OUTCOME_SECONDS)
@@ -1453,7 +1369,7 @@ class Login:
                 if not refusal.hold or self.guard.count("codes") >= self.guard.CODES:
                     raise
                 self.say("the broker refused the TOTP code; trying once more with the next one")
-                self.browser.wait(lambda v: not v.toast(), 10)  # or it would be taken for the next answer
+                self.browser.wait(lambda v: not v.toast()[1], 10)  # or it would be taken for the next answer
                 continue
             self.guard.save(codes=0)
             return view
@@ -1464,32 +1380,32 @@ class Login:
         self.run.pause(totp_wait(self.run.now(), self.guard.count("window")), self.app.name, "next TOTP code")
         now = self.run.now()
         code = pyotp.TOTP(self.run.config.totp).at(int(now))
-        self.run.secrets.add(code)
+        self.run.hidden.add(code)
         self.guard.save(window=int(now // TOTP_WINDOW), codes=self.guard.count("codes") + 1)
         return code
 
-    def enter_pin(self, view: View) -> View:
+    def enter_pin(self) -> View:
         """The PIN, once. It is noted before it is typed, so that even a killed run is remembered."""
-        if self.browser.look().value("pin") is None:
-            return self.next_step("pin")  # a stale session went back to the first step by itself
-        self.under_way = True
         self.guard.save(pins=self.guard.count("pins") + 1)
         self.fill("pin", self.run.config.pin)
-        self.submit("pin", PAGE_SECONDS)
-        self.say("PIN sent")
+        self.under_way |= self.submit("pin")
+        self.say("PIN sent" if self.under_way else "the page left the PIN step by itself")
         view = self.next_step("pin", OUTCOME_SECONDS)
-        self.guard.save(pins=0, proven=True)
+        if view.step and self.under_way:
+            raise copy.copy(SESSION_LOST)
+        # a stale session goes back to the first step by itself, before the PIN went out
+        self.guard.save(**({"pins": self.guard.count("pins") - 1} if view.step else {"pins": 0, "proven": True}))
         return view
 
 
-# ---- A generating run --------------------------------------------------------------------------------------
+# ---- A generating run --------------------------------------------------------------------------------------------
 
 
 class Reporter:
     """Where a run tells its progress; this one tells nobody."""
 
     def step(self, api_name: str, text: str) -> None:
-        """One finished or beginning step of one app."""
+        """One step of one app."""
 
     def countdown(self, api_name: str, text: str, left: float) -> None:
         """A wait goes on; `left` seconds remain."""
@@ -1506,7 +1422,7 @@ class Outcome:
     """How one app fared: DONE, FAILED (tried), SKIPPED (not tried)."""
 
     state: str
-    message: str = ""
+    message: str
     status: Status | None = None
 
 
@@ -1525,14 +1441,15 @@ class Run:
     wait_seconds: float = 900
     go_ahead: Callable[[str], bool] | None = None  # asks the operator about a hold; None when unattended
     stopping: Callable[[], bool] = lambda: False
+    listener: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # for deliveries, flow V3
     now: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
+    hidden: set[str] = field(default_factory=set, repr=False)  # secrets seen so far
     run_id: str = field(default_factory=lambda: secrets.token_hex(8))
-    secrets: set[str] = field(default_factory=set, repr=False)
-
-    def __post_init__(self) -> None:
-        self.secrets |= self.config.secrets()
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    operator: bool = False  # a person is needed
+    captcha: bool = False
 
     def pause(self, seconds: float, api_name: str, text: str) -> None:
         """Sleep in short steps, telling how long it still takes."""
@@ -1542,19 +1459,30 @@ class Run:
             self.sleep(min(left, 1.0))
 
     def audit(self, api_name: str, outcome: str, reason: str = "") -> None:
-        """One row per attempt; a database that cannot take it now does not stop the run."""
-        row = (int(self.now() * 1000), self.run_id, api_name, self.source, self.flow, outcome,
-               redact(reason, self.secrets) or None)
+        """One row per attempt."""
+        row = (int(self.now() * 1000), self.run_id, api_name, self.source, self.flow, outcome, reason or None)
+        self.write_audit(api_name, lambda connection: add_audit(connection, *row))
+
+    def write_audit(self, api_name: str, write: Callable[[sqlite3.Connection], object]) -> None:
+        """A database that cannot take the audit now does not stop the run."""
         try:
-            with transaction(self.path, READ_SECONDS) as connection:
-                add_audit(connection, row)
-        except sqlite3.Error as error:
-            self.reporter.step(api_name, f"the audit row was not written ({error})")
+            with transaction(self.path) as connection:
+                write(connection)
+        except DatabaseError as error:
+            self.reporter.step(api_name, f"the audit row was not written: {error}")
+
+    def settle(self, app: App, outcome: Outcome) -> None:
+        """Note one app's outcome; a success was audited when its token was stored."""
+        outcome = Outcome(outcome.state, redact(outcome.message, self.hidden), outcome.status)
+        self.outcomes[app.name] = outcome
+        if outcome.state == "FAILED":
+            self.audit(app.name, "FAILED", outcome.message)
+        self.reporter.result(app.name, outcome)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
-    """How a run ended: every configured app's status, and the outcome of those it was about."""
+    """How a run ended: every configured app's status, and the outcomes of those it generated for."""
 
     statuses: list[Status]
     outcomes: dict[str, Outcome]
@@ -1569,12 +1497,17 @@ class Result:
         valid = {status.api_name for status in self.statuses if status.word == "VALID"}
         return OPERATOR if self.operator else NOT_VALID if failed or set(self.wanted) - valid else OK
 
+    def failures(self) -> list[str]:
+        """One line per app that got no token: why, and what to do next."""
+        return [f"{name}: {'failed' if outcome.state == 'FAILED' else 'not tried'}: {outcome.message}"
+                for name, outcome in self.outcomes.items() if outcome.state != "DONE"]
+
 
 def choose(mode: str, named: Sequence[str], statuses: Sequence[Status]) -> list[str]:
     """The apps a mode generates for. UNKNOWN is neither valid nor invalid: INVALID_ONLY leaves it alone."""
-    if mode == "PARTIAL":
-        return [status.api_name for status in statuses if status.api_name in named]
-    return [status.api_name for status in statuses if mode == "ALL" or status.word in NEEDS_LOGIN]
+    return [status.api_name for status in statuses
+            if mode == "ALL" or mode == "PARTIAL" and status.api_name in named
+            or mode == "INVALID_ONLY" and status.word in NEEDS_LOGIN]
 
 
 class Session:
@@ -1589,10 +1522,9 @@ class Session:
     def begin(self) -> None:
         """Lock, read the statuses again, prove that the database can take the tokens; raises TokenError."""
         run = self.run
-        if run.path.is_dir() or not run.path.parent.is_dir():
-            raise DatabaseError(f"The database {run.path} cannot be used: "
-                                f"{'it is a folder' if run.path.is_dir() else 'its folder does not exist'}. "
-                                "Name a file with --db.")
+        if run.path.is_dir() or not run.path.absolute().parent.is_dir():
+            what = "it is a folder" if run.path.is_dir() else "its folder does not exist"
+            raise DatabaseError(f"The database {run.path} cannot be used: {what}. Name a file with --db.")
         self.guard.acquire()
         try:
             self.statuses = check_tokens(run.config, run.path, run.broker, run.now())
@@ -1602,65 +1534,57 @@ class Session:
                 if create_database(run.path):
                     run.reporter.step("", f"created the database {run.path.resolve()}")
                 prove_writable(run.path, self.chosen, run.now())
-                deactivate(run.path, [s.token for s in self.statuses if s.reason == "401"], run.now())
+                deactivate(run.path, [status.token for status in self.statuses if status.reason == "401"], run.now())
         except BaseException:
             self.guard.release()
             raise
 
     def finish(self) -> Result:
         """Generate for the chosen apps, whatever happens to single ones."""
-        wanted = self.named if self.mode == "PARTIAL" else [app.name for app in self.run.config.apps]
-        result = Result(self.statuses, {}, wanted)
+        run = self.run
         try:
-            if self.chosen:
-                generate_by_browser(self.run, self.chosen, self.guard, result)
+            if self.chosen and run.flow == "V3":
+                generate_by_phone(run, self.chosen)
+            elif self.chosen:
+                generate_by_browser(run, self.chosen, self.guard)
         finally:
             self.guard.release()
-        fresh = {name: outcome.status for name, outcome in result.outcomes.items() if outcome.status}
-        result.statuses = [fresh.get(status.api_name, status) for status in self.statuses]
-        return result
+        fresh = {name: outcome.status for name, outcome in run.outcomes.items() if outcome.status}
+        wanted = self.named if self.mode == "PARTIAL" else [app.name for app in run.config.apps]
+        return Result([fresh.get(status.api_name, status) for status in self.statuses], run.outcomes, wanted,
+                      run.operator, run.captcha)
 
 
-def record(run: Run, result: Result, app: App, outcome: Outcome) -> None:
-    """Note one app's outcome where it is told and kept; successes were audited when they were stored."""
-    outcome = Outcome(outcome.state, redact(outcome.message, run.secrets), outcome.status)
-    result.outcomes[app.name] = outcome
-    if outcome.state == "FAILED":
-        run.audit(app.name, "FAILED", outcome.message)
-    run.reporter.result(app.name, outcome)
-
-
-def generate_by_browser(run: Run, apps: Sequence[App], guard: AccountGuard, result: Result) -> None:
+def generate_by_browser(run: Run, apps: Sequence[App], guard: AccountGuard) -> None:
     """Flow SELENIUM: one browser, one app after the other; what holds for all apps stops the run."""
     blocker, refused = hold_reason(run, guard), {}
-    result.operator = bool(blocker)
+    run.operator = bool(blocker)
     if not blocker:
         blocker, refused = preflight(run, apps)
     with contextlib.closing(Browser([app.redirect_uri for app in apps], run.headed, run.environ)) as browser:
         for app in apps:
             if blocker or run.stopping():
-                record(run, result, app, Outcome("SKIPPED", f"not tried: {blocker or 'the program was stopped'}"))
+                run.settle(app, Outcome("SKIPPED", blocker or "the program was stopped"))
                 continue
             try:
                 if app.name in refused:
                     raise LoginFailed(refused[app.name])
-                outcome = Outcome("DONE", "", generate_one(run, app, guard, browser))
+                run.settle(app, Outcome("DONE", "", generate_one(run, app, guard, browser)))
             except LoginFailed as failure:
-                outcome = Outcome("FAILED", str(failure))
-                result.operator |= failure.operator
-                result.captcha |= isinstance(failure, CaptchaShown)
+                run.operator |= failure.operator
+                run.captcha |= failure.captcha
                 if failure.hold:
-                    guard.save(hold=f"{failure} ({local_text(run.now())})")
+                    guard.save(hold=f"{redact(failure.text, run.hidden)} ({local_text(run.now())})")
                 if failure.stops_run:
                     blocker = f"the run stopped at {app.name}"
-            record(run, result, app, outcome)
+                run.settle(app, Outcome("FAILED", failure.text))
 
 
 def hold_reason(run: Run, guard: AccountGuard) -> str:
     """Why no login may be tried now, or an empty text; an operator may lift it."""
     hold = guard.hold()
     if hold and run.go_ahead and run.go_ahead(hold):
-        guard.clear()
+        guard.save(hold="", pins=0, codes=0)
         return ""
     return hold and (f"{hold.rstrip('.')}. No unattended login until PIN, TOTP secret or mobile number in the "
                      "configuration changes, or an operator goes ahead from the menu.")
@@ -1668,31 +1592,39 @@ def hold_reason(run: Run, guard: AccountGuard) -> str:
 
 def preflight(run: Run, apps: Sequence[App]) -> tuple[str, dict[str, str]]:
     """(what forbids every login, what is wrong with single apps), asked of the broker without any login."""
-    def ask(app: App) -> tuple[Answer, float]:
-        return run.broker.preflight(app), run.now()
-    late = (Answer(error="timeout"), run.now())
-    answers = side_by_side([lambda app=app: ask(app) for app in apps], PROFILE_SECONDS, late)
+    answers = ask_dialogs(run.broker, apps, run.now)
     refused = {app.name: explain(answer) for app, (answer, _) in zip(apps, answers)
                if error_code(answer)[0] == "UDAPI100068"}
     return clock_problem(answers), refused
 
 
+def ask_dialogs(broker: Broker, apps: Sequence[App], now: Callable[[], float]) -> list[tuple[Answer, float]]:
+    """Each app's pre-flight answer, and when it came."""
+    def ask(app: App) -> tuple[Answer, float]:
+        return broker.preflight(app), now()
+    return side_by_side([lambda app=app: ask(app) for app in apps], PROFILE_SECONDS, (Answer(error="timeout"), now()))
+
+
 def clock_problem(answers: Iterable[tuple[Answer, float]]) -> str:
     """A sentence when this machine's clock is too far from the broker's Date header for TOTP codes."""
-    offsets = [offset for answer, at in answers if (offset := clock_offset(answer, at)) is not None]
+    offsets = []
+    for answer, at in answers:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            offsets.append(at - parsedate_to_datetime(answer.date).timestamp())
     offset = min(offsets, key=abs, default=0)
     if abs(offset) <= CLOCK_SECONDS:
         return ""
-    return (f"this machine's clock is {abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'} the broker's, "
-            "so its TOTP codes would be refused. Set the clock (timedatectl set-ntp true), then run again.")
+    return (f"this machine's clock is {abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'} the broker's, so "
+            "its TOTP codes would be refused. Set the clock (timedatectl set-ntp true), then run again.")
 
 
 def generate_one(run: Run, app: App, guard: AccountGuard, browser: Browser) -> Status:
     """Log in, exchange, store, audit, verify: in this order. The new token's status."""
     code = log_in(run, app, guard, browser)
-    run.secrets.add(code)
-    stored = side_by_side([lambda: exchange_and_store(run, app, code)], EXCHANGE_SECONDS + STORE_SECONDS + 10,
-                          LoginFailed("the token exchange did not end in time. Run again."), grace=3)[0]
+    run.hidden.add(code)
+    late = LoginFailed("the token exchange did not end in time. Run again.")
+    stored = side_by_side([lambda: exchange_and_store(run, app, code)], EXCHANGE_SECONDS + STORE_SECONDS + 30, late,
+                          grace=3)[0]
     if isinstance(stored, LoginFailed):
         raise stored
     run.reporter.step(app.name, "token stored")
@@ -1712,10 +1644,10 @@ def log_in(run: Run, app: App, guard: AccountGuard, browser: Browser) -> str:
             keep_evidence(run, app, browser)
             browser.close()
             if login.typed or attempt == 2:
-                raise LoginFailed(f"the login page or the browser failed ({fault}). Run again; if it stays so, look "
-                                  "at the page with --headed.") from None
+                raise LoginFailed(f"the login page or the browser failed ({fault}). Run again; if it stays so, look at "
+                                  "the page with --headed.") from None
             login.say(f"{fault}; trying once more with a fresh browser")
-    raise AssertionError
+    raise AssertionError("unreachable")
 
 
 def keep_evidence(run: Run, app: App, browser: Browser) -> None:
@@ -1723,7 +1655,7 @@ def keep_evidence(run: Run, app: App, browser: Browser) -> None:
     if run.debug_dir and browser.driver:
         with contextlib.suppress(PageFault, OSError):
             run.debug_dir.mkdir(parents=True, exist_ok=True)
-            browser.evidence(run.debug_dir, f"{app.name}-{datetime.now():%Y%m%d-%H%M%S}", run.secrets)
+            browser.evidence(run.debug_dir / f"{app.name}-{datetime.now():%Y%m%d-%H%M%S}", run.hidden)
 
 
 def exchange_and_store(run: Run, app: App, code: str) -> Token | LoginFailed:
@@ -1732,15 +1664,15 @@ def exchange_and_store(run: Run, app: App, code: str) -> Token | LoginFailed:
     token = json_object(answer.body).get("access_token") if answer.code == 200 else None
     if not isinstance(token, str) or not PLAIN_TOKEN.fullmatch(token):
         return LoginFailed(f"no token for the authorization code: {explain(answer)}")
-    run.secrets.add(token)
+    run.hidden.add(token)
     now = run.now()
     row = token_row(app, token, now, cutoff_after(now))
     try:
         store(run, row)
     except DatabaseError as error:
-        return LoginFailed(f"the broker gave a token, but it could not be stored: {error}")
+        return LoginFailed(f"the broker gave a token, but it could not be stored. {error}")
     run.audit(app.name, "GENERATED")
-    return Token(app.name, token, app.client_id, now, row["validity_at"], row["generated_at"], 1)
+    return Token(app.name, token, app.client_id, now, row["validity_at"], row["generated_at"])
 
 
 def store(run: Run, row: Mapping[str, Any]) -> None:
@@ -1750,63 +1682,243 @@ def store(run: Run, row: Mapping[str, Any]) -> None:
         try:
             with transaction(run.path, 5) as connection:
                 return upsert(connection, row)
-        except sqlite3.Error as error:
+        except DatabaseError as error:
             if time.monotonic() > end:
-                raise database_error(run.path, error) from None
-            run.reporter.step(row["api_name"], f"the token cannot be stored yet ({error}); trying again")
+                raise
+            run.reporter.step(row["api_name"], f"the token cannot be stored yet, trying again. {error}")
             run.sleep(1.0)
 
 
 def verify(run: Run, token: Token) -> Status:
     """The new token's proof; one that the broker refuses is deactivated."""
-    answer = side_by_side([lambda: run.broker.profile(token.access_token)], PROFILE_SECONDS, Answer(error="timeout"))[0]
-    status = Status(token.api_name, *judge_profile(answer), token)
-    if status.reason == "401":
-        deactivate(run.path, [token], run.now())
+    ask = [lambda: run.broker.profile(token.access_token)]
+    status = Status(token.api_name, *judge_profile(side_by_side(ask, PROFILE_SECONDS, Answer(error="timeout"))[0]), token)
     run.reporter.step(token.api_name, status.label)
+    if status.reason == "401":
+        with contextlib.suppress(DatabaseError):
+            deactivate(run.path, [token], run.now())
     return status
 
 
-# ---- Telling the operator ------------------------------------------------------------------------------------
+# ---- Flow V3: approval on the phone ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What the broker POSTs to the notifier URL after an approval, checked for its form only."""
+
+    app: App
+    user_id: str
+    access_token: str = field(repr=False)
+    valid_until: float
+
+
+def parse_delivery(body: bytes, config: Config, now: float) -> Delivery | None:
+    """The delivery in a webhook body, None when it is none for a configured app (facts/upstox-api.md 6)."""
+    data = json_object(body)
+    names = ("client_id", "user_id", "access_token", "token_type", "expires_at", "issued_at", "message_type")
+    values = [data.get(name) for name in names]
+    if not all(isinstance(value, str) and PLAIN_TOKEN.fullmatch(value) for value in values):
+        return None
+    client_id, user_id, token, token_type, expires_at, issued_at, message_type = values
+    app = next((app for app in config.apps if app.client_id == client_id), None)
+    times = re.fullmatch(r"[0-9]{13}", expires_at) and re.fullmatch(r"[0-9]{13}", issued_at)
+    if not (app and times and (token_type, message_type) == ("Bearer", "access_token") and len(user_id) <= 40):
+        return None
+    valid_until = int(expires_at) / 1000
+    return Delivery(app, user_id, token, valid_until) if now < valid_until < now + 2 * 86400 else None
+
+
+def approvable_until(connection: sqlite3.Connection, api_name: str) -> float:
+    """Until when (epoch seconds) a request of ours for this app may be approved; 0 when none is outstanding."""
+    row = connection.execute(
+        "SELECT outcome, reason FROM upstox_token_audit WHERE api_name = ? AND flow = 'V3' AND outcome IN "
+        "('REQUESTED', 'REFUSED', 'GENERATED') ORDER BY id DESC LIMIT 1", (api_name,)).fetchone()
+    return parse_time(row[1].removeprefix("until ")) or 0.0 if row and row[0] == "REQUESTED" else 0.0
+
+
+def account_owner(connection: sqlite3.Connection) -> str:
+    """The broker's user id of this database's earlier deliveries, empty before the first."""
+    row = connection.execute("SELECT reason FROM upstox_token_audit WHERE source = 'WEBHOOK' AND "
+                             "outcome = 'GENERATED' ORDER BY id LIMIT 1").fetchone()
+    return str(row[0]).removeprefix("user ") if row else ""
+
+
+class Webhook:
+    """Takes deliveries in at once, and proves and stores them in a thread of its own, the newest first.
+
+    Anyone may post here, so nothing is believed: the app must have a request outstanding, and the token must give
+    a profile of the same user. What cannot be proven now is kept and tried again until the request ends.
+    """
+
+    KEPT, PAUSE, RETRY = 16, 0.1, 5.0  # deliveries kept per app; seconds between proofs, and to another try
+
+    def __init__(self, config: Config, path: Path, broker: Broker, now: Callable[[], float],
+                 told: Callable[[str], None]) -> None:
+        self.config, self.path, self.broker, self.now, self.told = config, path, broker, now, told
+        self.queues: dict[str, deque[Delivery]] = {app.name: deque(maxlen=self.KEPT) for app in config.apps}
+        self.arrived, self.ended = threading.Event(), False
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def receive(self, body: bytes) -> None:
+        """Keep what may be a delivery; the sender learns nothing about it."""
+        delivery = parse_delivery(body, self.config, self.now())
+        if delivery and delivery not in self.queues[delivery.app.name]:
+            self.queues[delivery.app.name].append(delivery)
+            self.arrived.set()
+
+    def work(self) -> None:
+        """Prove and store until the program ends."""
+        while not self.ended:
+            self.arrived.wait(self.RETRY if any(self.queues.values()) else None)
+            self.arrived.clear()
+            for queue in self.queues.values():
+                for _ in range(len(queue)):
+                    delivery = queue.pop()
+                    if not self.settled(delivery):
+                        queue.appendleft(delivery)
+                    time.sleep(self.PAUSE)
+
+    def settled(self, delivery: Delivery) -> bool:
+        """Store the delivery or drop it; False when that cannot be told now."""
+        name = delivery.app.name
+        try:
+            if not self.expected(delivery):
+                return True
+            answer = self.broker.profile(delivery.access_token)
+            word, _ = judge_profile(answer)
+            user = json_object(answer.body).get("data")
+            if word != "VALID" or not isinstance(user, dict) or user.get("user_id") != delivery.user_id:
+                return word != "UNKNOWN"
+            stored = self.expected(delivery, store=True)
+        except DatabaseError as error:
+            self.told(f"{name}: a delivered token cannot be stored yet, trying again. {error}")
+            return False
+        if stored:
+            self.told(f"{name}: approved on the phone, token stored")
+        return True
+
+    def expected(self, delivery: Delivery, store: bool = False) -> bool:
+        """Whether a request is outstanding for the app and the user is this database's; then store, on demand."""
+        now, name = self.now(), delivery.app.name
+        with transaction(self.path) as connection:
+            connection.execute(AUDIT_DDL)
+            fits = (now < approvable_until(connection, name)
+                    and account_owner(connection) in ("", delivery.user_id))
+            if fits and store:
+                upsert(connection, token_row(delivery.app, delivery.access_token, now, delivery.valid_until))
+                add_audit(connection, int(now * 1000), secrets.token_hex(8), name, "WEBHOOK", "V3", "GENERATED",
+                          f"user {delivery.user_id}")
+            return fits
+
+
+def until_text(end: float) -> str:
+    """How a request's deadline stands in the audit table."""
+    return f"until {datetime.fromtimestamp(end, IST).isoformat(timespec='seconds')}"
+
+
+def generate_by_phone(run: Run, apps: Sequence[App]) -> None:
+    """Flow V3: ask the broker for all apps, then wait until the webhook has stored what was approved."""
+    before = read_tokens(run.path)
+    with run.listener():
+        for app in apps:  # noted first: a delivery may come before the broker's answer does
+            run.audit(app.name, "REQUESTED", until_text(cutoff_after(run.now())))
+        answers = side_by_side([lambda app=app: run.broker.request_token(app) for app in apps], PROFILE_SECONDS,
+                               Answer(error="timeout"))
+        ends: dict[App, float] = {}
+        for app, answer in zip(apps, answers):
+            try:
+                ends[app] = approval_end(run, app, answer)
+                amend_request(run, app, "REQUESTED", until_text(ends[app]))
+            except LoginFailed as failure:
+                amend_request(run, app, "REFUSED", failure.text)
+                run.settle(app, Outcome("FAILED", failure.text))
+        await_deliveries(run, before, ends)
+    for app in ends:
+        run.settle(app, Outcome("SKIPPED", "the program was stopped"))
+
+
+def approval_end(run: Run, app: App, answer: Answer) -> float:
+    """Until when the broker lets the request be approved; warns when it would deliver elsewhere."""
+    data = json_object(answer.body).get("data")
+    expiry = data.get("authorization_expiry") if isinstance(data, dict) else None
+    if answer.code != 200 or not isinstance(expiry, str) or not re.fullmatch("[0-9]{13}", expiry):
+        raise LoginFailed(f"no approval could be asked for: {explain(answer)}")
+    if data.get("notifier_url") != run.config.notifier:
+        run.reporter.step(app.name, f"warning: the broker will deliver to {printable(data.get('notifier_url'), 200)}, "
+                          f"not to UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them, here or on {APP_PAGE}")
+    end = int(expiry) / 1000
+    until = local_text(min(end, run.now() + run.wait_seconds))[11:16]
+    run.reporter.step(app.name, f"waiting for approval on the phone until {until}")
+    return end
+
+
+def amend_request(run: Run, app: App, outcome: str, reason: str) -> None:
+    """What the broker said to a request that was noted before it was sent."""
+    run.write_audit(app.name, lambda connection: connection.execute(
+        "UPDATE upstox_token_audit SET outcome = ?, reason = ? WHERE run_id = ? AND api_name = ? "
+        "AND outcome = 'REQUESTED'", (outcome, reason, run.run_id, app.name)))
+
+
+def await_deliveries(run: Run, before: Mapping[str, Token], ends: dict[App, float]) -> None:
+    """Watch the database, whoever receives, until every app is settled or its time is over."""
+    give_up = run.now() + run.wait_seconds
+    while ends and not run.stopping():
+        rows = read_tokens(run.path)
+        for app in list(ends):
+            if rows.get(app.name) not in (None, before.get(app.name)):
+                del ends[app]
+                run.settle(app, Outcome("DONE", "", verify(run, rows[app.name])))
+            elif run.now() >= min(ends[app], give_up):
+                del ends[app]
+                run.settle(app, Outcome("FAILED", "not approved in time. Approve it on the phone while --serve runs, "
+                                        "or run again."))
+        if ends:
+            left = max(0.0, min(*ends.values(), give_up) - run.now())
+            run.reporter.countdown("", f"waiting for approval on the phone ({len(ends)} left)", left)
+            run.sleep(min(1.0, left))
+
+
+# ---- Telling the operator, and asking --------------------------------------------------------------------------
 
 
 class Console(Reporter):
-    """Results to `out`, progress to `err`; with a terminal a wait counts down in place."""
+    """Results to `out`, progress to `err`; on a terminal a wait counts down in place."""
 
-    def __init__(self, out: TextIO, err: TextIO, *, quiet: bool = False, ask: Callable[[str], str] = input) -> None:
-        self.out, self.err, self.quiet, self.ask = out, err, quiet, ask
-        self.secrets: set[str] = set()
+    def __init__(self, out: TextIO, err: TextIO, ask: Callable[[str], str]) -> None:
+        self.out, self.err, self.ask = out, err, ask
+        self.quiet = self.counting = False
+        self.hidden: set[str] = set()
         self.places: dict[str, str] = {}
-        self.waiting = False
 
     def begin(self, names: Sequence[str]) -> None:
         """The apps of a run, in order, for the [2/6] of the progress lines."""
         self.places = {name: f"[{place}/{len(names)}] {name}: " for place, name in enumerate(names, 1)}
 
-    def say(self, text: str = "") -> None:
-        """A line of the result."""
-        print(text, file=self.out)
+    def say(self, *lines: str) -> None:
+        """Lines of the result."""
+        for line in lines:
+            print(line, file=self.out)
 
     def log(self, text: str) -> None:
         """A line of progress or an error."""
-        if self.waiting:
-            print(file=self.err)
-        self.waiting = False
-        print(redact(text, self.secrets), file=self.err, flush=True)
+        print(("\n" if self.counting else "") + redact(text, self.hidden), file=self.err, flush=True)
+        self.counting = False
 
     def step(self, api_name: str, text: str) -> None:
         if not self.quiet:
-            self.log(self.places.get(api_name, f"{api_name}: " if api_name else "") + text)
+            self.log(self.places.get(api_name, "") + text)
 
     def countdown(self, api_name: str, text: str, left: float) -> None:
-        if self.quiet:
-            return
-        if not self.err.isatty():
-            if not self.waiting:
-                print(f"{self.places.get(api_name, '')}{text} in {left:.0f} s", file=self.err, end="", flush=True)
-        else:
-            print(f"\r\033[K{self.places.get(api_name, '')}{text} in {left:.0f} s", file=self.err, end="", flush=True)
-        self.waiting = True
+        line = f"{self.places.get(api_name, '')}{text} in {left:.0f} s"
+        if not self.quiet and self.err.isatty():
+            print(f"\r\033[K{line}", file=self.err, end="", flush=True)
+            self.counting = True
+        elif not self.quiet and self.last_count != (api_name, text):
+            self.log(line)
+        self.last_count = (api_name, text)
+
+    last_count = ("", "")
 
     def operator(self, api_name: str, text: str) -> None:
         if text:
@@ -1816,50 +1928,41 @@ class Console(Reporter):
         if outcome.state != "DONE":
             self.step(api_name, outcome.message)
 
+    def confirm(self, question: str) -> bool:
+        """A yes or no question; nothing but yes is yes."""
+        return self.ask(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
 
 def summary_lines(statuses: Sequence[Status], path: Path | None = None) -> list[str]:
     """The summary of the guide's 7.1."""
-    counts = {word: sum(status.word == word for status in statuses) for word in ("VALID", "UNKNOWN")}
-    lines = ["Token Status Summary:" + (f" {path.resolve()}" if path else ""), "-" * 34]
-    lines += [f"{status.api_name:<14}: {status.label}" for status in statuses]
-    lines += ["", f"Valid Tokens    : {counts['VALID']}",
-              f"Invalid Tokens  : {len(statuses) - counts['VALID'] - counts['UNKNOWN']}"]
-    return lines + ([f"Unknown Tokens  : {counts['UNKNOWN']}"] if counts["UNKNOWN"] else [])
+    valid, unknown = (sum(status.word == word for status in statuses) for word in ("VALID", "UNKNOWN"))
+    lines = ["Token Status Summary:" + (f" {path.resolve()}" if path else ""), "-" * 34,
+             *(f"{status.api_name:<14}: {status.label}" for status in statuses), "",
+             f"Valid Tokens    : {valid}", f"Invalid Tokens  : {len(statuses) - valid - unknown}"]
+    return lines + [f"Unknown Tokens  : {unknown}"] * bool(unknown)
 
 
 def status_json(statuses: Sequence[Status], now: float) -> dict[str, Any]:
     """The summary for programs (the guide 7.2); EXPIRED counts as invalid."""
     def names(*words: str) -> list[str]:
         return [status.api_name for status in statuses if status.word in words]
+
+    def stored(status: Status, name: str) -> str | None:
+        value = getattr(status.token, name, None)
+        return None if value is None else printable(value, 40)
+
     return {"valid": names("VALID"), "invalid": names("INVALID", "EXPIRED"), "missing": names("NOT FOUND"),
             "unknown": names("UNKNOWN"), "checkedAt": local_text(now),
             "tokens": [{"apiName": status.api_name, "status": status.word, "reason": status.reason,
-                        "validityAt": shown(status.token and status.token.validity_at),
-                        "generatedAt": shown(status.token and status.token.generated_at)} for status in statuses]}
-
-
-def shown(value: object) -> str | None:
-    """A stored date as text for a reader."""
-    return None if value is None else printable(value, 40)
-
-
-def failure_lines(result: Result) -> list[str]:
-    """One line per app that got no token: why, and what to do next."""
-    return [f"{name}: {'' if outcome.state == 'SKIPPED' else 'failed: '}{outcome.message}"
-            for name, outcome in result.outcomes.items() if outcome.state != "DONE"]
-
-
-# ---- The menu --------------------------------------------------------------------------------------------------
-
-MENU = ("", "Choose Action:", "1. Generate ALL", "2. Generate ONLY invalid", "3. Generate selected (comma separated)",
-        "4. Abort")
+                        "validityAt": stored(status, "validity_at"), "generatedAt": stored(status, "generated_at")}
+                       for status in statuses]}
 
 
 def parse_names(text: str, configured: Sequence[str], *, numbers: bool = False) -> list[str]:
     """API names from a comma separated text, in any case, doubles once; ValueError names the first bad one."""
     names: list[str] = []
     for part in filter(None, (piece.strip().upper() for piece in text.split(","))):
-        if numbers and part.isascii() and part.isdigit() and 1 <= int(part) <= len(configured):
+        if numbers and re.fullmatch("[1-9]", part) and int(part) <= len(configured):
             part = configured[int(part) - 1]
         if part not in configured:
             raise ValueError(f"{printable(part, 40)} is not one of {', '.join(configured)}")
@@ -1870,33 +1973,21 @@ def parse_names(text: str, configured: Sequence[str], *, numbers: bool = False) 
 
 
 def ask_action(console: Console, configured: Sequence[str]) -> tuple[str, list[str]] | None:
-    """The operator's choice as (mode, names); None to abort. A bad answer is asked again."""
-    for line in MENU:
-        console.say(line)
-    while True:
-        answer = console.ask("Choice: ").strip().lower()
-        if answer in ("1", "2"):
-            return MODES[int(answer) - 1], []
-        if answer == "3":
-            return "PARTIAL", ask_names(console, configured)
+    """The operator's choice as (mode, names), None to abort (the guide 7.1). A bad answer is asked again."""
+    console.say("", "Choose Action:", "1. Generate ALL", "2. Generate ONLY invalid",
+                "3. Generate selected (comma separated)", "4. Abort")
+    while (answer := console.ask("Choice: ").strip().lower()) not in ("1", "2", "3"):
         if answer in ("4", "q"):
             return None
         console.say("Please answer 1, 2, 3 or 4.")
-
-
-def ask_names(console: Console, configured: Sequence[str]) -> list[str]:
-    """Names or list numbers, asked until they fit."""
+    if answer != "3":
+        return MODES[int(answer) - 1], []
     console.say("  ".join(f"{number}. {name}" for number, name in enumerate(configured, 1)))
     while True:
         try:
-            return parse_names(console.ask("APIs (names or numbers): "), configured, numbers=True)
+            return "PARTIAL", parse_names(console.ask("APIs (names or numbers): "), configured, numbers=True)
         except ValueError as error:
             console.say(f"{error}.")
-
-
-def confirm(console: Console, question: str) -> bool:
-    """A yes or no question; nothing but yes is yes."""
-    return console.ask(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def has_display(environ: Mapping[str, str]) -> bool:
@@ -1904,35 +1995,933 @@ def has_display(environ: Mapping[str, str]) -> bool:
     return sys.platform != "linux" or bool(environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY"))
 
 
-# ---- The command line ------------------------------------------------------------------------------------------
+# ---- Commands ----------------------------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All options; the epilog has one working command per use."""
-    parser = argparse.ArgumentParser(
-        prog="upstox_tokens.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Keep the Upstox access tokens of one account alive in vega_trade.db.",
-        epilog="exit: 0 all valid, 1 some not, 2 usage or configuration, 3 operator needed, 4 busy\n"
-               "cron: upstox_tokens.py --mode INVALID_ONLY -q")
-    add = parser.add_argument
-    add("--status", action="store_true", help="show the summary and change nothing")
-    add("--mode", type=str.upper, choices=MODES, help="generate without asking")
-    add("--apis", metavar="A,B", help="the API names for --mode PARTIAL")
-    add("--serve", nargs="?", const=SERVE_ADDRESS, metavar="HOST:PORT",
-        help=f"HTTP API and dashboard (default {SERVE_ADDRESS})")
-    add("--check", action="store_true", help="is everything ready for a login? Spends no OTP")
-    add("--import-config", action="store_true", help="copy the apps of the environment into the database")
-    add("--json", action="store_true", help="result as JSON (with --status or --mode)")
-    add("--flow", type=str.upper, choices=FLOWS, default="SELENIUM", help="browser login, or approval on the phone")
-    add("--wait", type=wait_minutes, default=15, metavar="MINUTES", help="how long flow V3 waits (default 15)")
-    add("--headed", action="store_true", help="show the browser window")
-    add("--debug-dir", type=Path, metavar="DIR", help="store a screenshot and the page's text of a failed login")
-    add("--env-file", type=Path, metavar="PATH", help="settings (default .env here, else beside the script)")
-    add("--db", metavar="PATH", help=f"database (default {DATABASE_NAME} here, else beside the script)")
-    add("-v", "--verbose", action="store_true", help="also show the database's path")
-    add("-q", "--quiet", action="store_true", help="no progress lines")
-    add("--version", action="version", version=f"%(prog)s {__version__}")
-    return parser
+class Command:
+    """One call of the program: options, configuration, console; a method for each verb."""
+
+    def __init__(self, args: argparse.Namespace, config: Config, console: Console, environ: Mapping[str, str],
+                 now: Callable[[], float], sleep: Callable[[float], None]) -> None:
+        self.args, self.config, self.console, self.environ = args, config, console, environ
+        self.now, self.sleep, self.path = now, sleep, find_database(args.db)
+        self.names = [app.name for app in config.apps]
+        self.broker = Broker(config.base_url)
+        console.hidden |= config.secrets()
+
+    def new_run(self, source: str, reporter: Reporter, **changes: Any) -> Run:
+        """A generating run with this command's options."""
+        args = self.args
+        options = {"flow": args.flow, "headed": args.headed, "debug_dir": args.debug_dir, "now": self.now,
+                   "wait_seconds": args.wait * 60, "sleep": self.sleep, "environ": self.environ,
+                   "hidden": self.console.hidden}
+        return Run(self.config, self.path, self.broker, reporter, source, **{**options, **changes})
+
+    def check_tokens(self) -> list[Status]:
+        """Every app's status now; rows that are none of ours are named."""
+        foreign = sorted(set(read_tokens(self.path)) - set(API_NAMES))
+        if foreign and not self.args.quiet:
+            self.console.log("Rows of unknown names are left untouched: "
+                             + ", ".join(printable(name, 40) for name in foreign))
+        return check_tokens(self.config, self.path, self.broker, self.now())
+
+    def say_summary(self, statuses: Sequence[Status]) -> None:
+        """Print the summary."""
+        self.console.say(*summary_lines(statuses, self.path if self.args.verbose else None))
+
+    def generate(self, source: str, mode: str, named: Sequence[str], **changes: Any) -> Result:
+        """One run, told on the console."""
+        require_for_flow(self.config, self.args.flow)
+        session = Session(self.new_run(source, self.console, listener=self.receiving, **changes), mode, named)
+        session.begin()
+        self.console.begin([app.name for app in session.chosen])
+        unknown = [status.api_name for status in session.statuses if status.word == "UNKNOWN"]
+        if mode == "INVALID_ONLY" and unknown:
+            self.console.log(f"Not generated, since the broker could not be asked about them: {', '.join(unknown)}")
+        return session.finish()
+
+    def say_result(self, result: Result) -> None:
+        """The summary at the end of a run, and what to do about the apps that failed."""
+        self.say_summary(result.statuses)
+        if lines := result.failures():
+            self.console.say("", *lines)
+
+    def status(self) -> int:
+        """--status: look, write nothing."""
+        statuses = self.check_tokens()
+        if self.args.json:
+            self.console.say(json.dumps(status_json(statuses, self.now()), indent=2))
+        else:
+            self.say_summary(statuses)
+        return OK if all(status.word == "VALID" for status in statuses) else NOT_VALID
+
+    def mode(self) -> int:
+        """--mode: generate without asking."""
+        try:
+            named = parse_names(self.args.apis, self.names) if self.args.mode == "PARTIAL" else []
+        except ValueError as error:
+            raise ConfigError(f"--apis: {error}") from None
+        result = self.generate("CLI", self.args.mode, named)
+        if self.args.json:
+            outcomes = [{"apiName": name, "state": outcome.state, "message": outcome.message}
+                        for name, outcome in result.outcomes.items()]
+            self.console.say(json.dumps({**status_json(result.statuses, self.now()), "results": outcomes,
+                                         "exitCode": result.exit_code}, indent=2))
+        else:
+            self.say_result(result)
+        return result.exit_code
+
+    def menu(self) -> int:
+        """The summary, the operator's choice, the run; offers a visible browser when a CAPTCHA came up."""
+        console, statuses = self.console, self.check_tokens()
+        self.say_summary(statuses)
+        try:
+            choice = ask_action(console, self.names)
+            if choice:
+                result = self.generate("MENU", *choice, go_ahead=lambda hold: console.confirm(
+                    f"Logins are on hold: {hold}. Is it mended, and may the login go ahead?"))
+                console.say("")
+                self.say_result(result)
+                if result.captcha and not self.args.headed and has_display(self.environ) and console.confirm(
+                        "Open a visible browser window and go on there?"):
+                    left = [name for name, outcome in result.outcomes.items() if outcome.state != "DONE"]
+                    result = self.generate("MENU", "PARTIAL", left, headed=True)
+                    self.say_result(result)
+                return result.exit_code
+        except EOFError:
+            console.say("")
+        console.say("Aborted, nothing changed.")
+        return OK if all(status.word == "VALID" for status in statuses) else NOT_VALID
+
+    def import_config(self) -> int:
+        """--import-config: the apps of the environment into upstox_api_configs."""
+        if create_database(self.path):
+            self.console.log(f"created the database {self.path.resolve()}")
+        import_apps(self.path, self.config.apps, self.now())
+        self.console.say(f"Copied {', '.join(self.names)} into upstox_api_configs of {self.path.resolve()}. "
+                         "Set UPSTOX_CONFIG_SOURCE=DB to use them.")
+        return OK
+
+    def check(self) -> int:
+        """--check: is everything ready for a login? Reads only, spends no OTP."""
+        answers = ask_dialogs(self.broker, self.config.apps, self.now)
+        guard = AccountGuard(self.path, self.config)
+        guard.load()
+        hold = guard.hold() and f"logins are on hold: {guard.hold()}. Mend it, then go ahead from the menu"
+        silent = all(answer.error for answer, _ in answers)
+        checks = {"configuration": "", "env file": "", "database": self.database_problem(),
+                  "browser": self.browser_problem(), "broker": explain(answers[0][0]) if silent else "",
+                  "clock": "unknown, the broker did not answer" if silent else clock_problem(answers), "hold": hold}
+        checks |= {app.name: "" if 300 <= answer.code < 400 else explain(answer)
+                   for app, (answer, _) in zip(self.config.apps, answers)}
+        for name, problem in checks.items():
+            self.console.say(f"{name:<14}: {problem or 'ok'}")
+        return NOT_VALID if any(checks.values()) else OK
+
+    def database_problem(self) -> str:
+        """Whether the database takes a token, without leaving one there."""
+        try:
+            if self.path.exists():
+                if select(self.path, "SELECT 1 FROM sqlite_master WHERE name = 'upstox_tokens'"):
+                    prove_writable(self.path, self.config.apps, self.now())
+                return ""
+        except DatabaseError as error:
+            return str(error)
+        folder = self.path.absolute().parent
+        return "" if os.access(folder, os.W_OK) else f"{folder} cannot be written. Name a file with --db."
+
+    def browser_problem(self) -> str:
+        """Whether a browser starts and opens a blank page; flow V3 needs none."""
+        if self.args.flow == "V3":
+            return ""
+        with contextlib.closing(Browser([], self.args.headed, self.environ)) as browser:
+            try:
+                browser.open("about:blank")
+                return ""
+            except (LoginFailed, PageFault) as error:
+                return str(error)
+
+    def serve(self) -> int:
+        """--serve: until Ctrl-C or SIGTERM."""
+        with contextlib.closing(Service(self)) as service, Server(self.args.serve, service) as server:
+            self.console.log(f"Serving on {server.url} (Ctrl-C ends)")
+            server.serve_forever()
+        return OK
+
+    @contextlib.contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Listen for deliveries while a flow V3 run waits, unless something already does."""
+        with contextlib.closing(Service(self)) as service, contextlib.ExitStack() as stack:
+            try:
+                server = stack.enter_context(Server(self.args.serve or SERVE_ADDRESS, service, webhook_only=True))
+            except ConfigError as error:
+                self.console.log(f"Deliveries must come through a server that already runs: {error}")
+            else:
+                threading.Thread(target=server.serve_forever, daemon=True).start()
+                stack.callback(server.shutdown)
+            yield
+
+
+# ---- HTTP API and dashboard --------------------------------------------------------------------------------------
+
+
+class Job(Reporter):
+    """A generating run as the HTTP API shows it."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.job_id, self.state, self.message = secrets.token_hex(8), "RUNNING", ""
+        self.results = {name: ("PENDING", "") for name in names}
+
+    def step(self, api_name: str, text: str) -> None:
+        if api_name in self.results:
+            self.results[api_name] = ("RUNNING", text)
+
+    def countdown(self, api_name: str, text: str, left: float) -> None:
+        self.step(api_name, f"{text} in {left:.0f} s")
+
+    def operator(self, api_name: str, text: str) -> None:
+        self.state, self.message = ("WAITING_FOR_OPERATOR", f"{api_name}: {text}") if text else ("RUNNING", "")
+
+    def result(self, api_name: str, outcome: Outcome) -> None:
+        self.results[api_name] = (outcome.state, outcome.message or outcome.status.label)
+
+    def as_json(self) -> dict[str, Any]:
+        """The answer to a question about this job."""
+        return {"jobId": self.job_id, "state": self.state, "message": self.message,
+                "results": [{"apiName": name, "state": state, "message": message}
+                            for name, (state, message) in list(self.results.items())]}
+
+
+class HttpError(Exception):
+    """An answer other than success."""
+
+    def __init__(self, code: int, text: str, **headers: str) -> None:
+        super().__init__(text)
+        self.code, self.headers = code, {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class Service:
+    """What the HTTP API can do: the functions of the command line, shared between requests."""
+
+    SHARED_SECONDS, JOBS_KEPT = 5.0, 20
+
+    def __init__(self, command: Command) -> None:
+        self.command, self.config = command, command.config
+        self.jobs: dict[str, Job] = {}
+        self.thread: threading.Thread | None = None
+        self.stopping = False
+        self.checking = threading.Lock()
+        self.checked: tuple[float, dict[str, Any]] | None = None
+        self.webhook = Webhook(self.config, command.path, command.broker, command.now, self.told)
+
+    def told(self, text: str) -> None:
+        """A delivery changed the database: the next status must show it."""
+        self.checked = None
+        self.command.console.log(text)
+
+    def status(self) -> dict[str, Any]:
+        """One check for all who ask at the same time; one younger than 5 s is used again."""
+        with self.checking:
+            checked, command = self.checked, self.command
+            if checked is None or time.monotonic() - checked[0] > self.SHARED_SECONDS:
+                statuses = check_tokens(self.config, command.path, command.broker, command.now())
+                checked = self.checked = (time.monotonic(), status_json(statuses, command.now()))
+            return checked[1]
+
+    def generate(self, body: Any) -> Job:
+        """Start a run in a thread of its own; raises when another one is busy or the request makes no sense."""
+        mode, names, flow = self.read_request(body)
+        require_for_flow(self.config, flow)
+        run = self.command.new_run("REST", Reporter(), flow=flow, stopping=lambda: self.stopping)
+        session = Session(run, mode, names)
+        session.begin()
+        job = run.reporter = Job([app.name for app in session.chosen])
+        self.jobs = dict([*self.jobs.items(), (job.job_id, job)][-self.JOBS_KEPT:])
+        self.thread = threading.Thread(target=self.finish, args=(session, job))
+        self.thread.start()
+        return job
+
+    def read_request(self, body: Any) -> tuple[str, list[str], str]:
+        """(mode, names, flow) of a generate request, or HttpError 400."""
+        body = body if isinstance(body, dict) else {}
+        mode, names, flow = body.get("mode"), body.get("apiNames", []), body.get("flow", self.command.args.flow)
+        if mode not in MODES:
+            raise HttpError(400, f"mode must be one of {', '.join(MODES)}")
+        if flow not in FLOWS:
+            raise HttpError(400, f"flow must be one of {', '.join(FLOWS)}")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise HttpError(400, "apiNames must be a list of API names")
+        if bool(names) != (mode == "PARTIAL"):
+            raise HttpError(400, "apiNames are needed for mode PARTIAL, and only there")
+        try:
+            return mode, parse_names(",".join(names), self.command.names) if names else [], flow
+        except ValueError as error:
+            raise HttpError(400, f"apiNames: {error}") from None
+
+    def finish(self, session: Session, job: Job) -> None:
+        """The run itself; whatever happens, the job ends."""
+        state, message = "FAILED", "internal error"
+        try:
+            result = session.finish()
+            state = "DONE" if result.exit_code == OK else "FAILED"
+            done = sum(outcome.state == "DONE" for outcome in result.outcomes.values())
+            counted = f"{done} of {len(result.outcomes)} generated." if result.outcomes else "Nothing to do."
+            message = " ".join([counted, *result.failures()[:1]])
+        except TokenError as error:
+            message = str(error)
+        finally:
+            self.checked = None
+            job.message, job.state = message, state
+
+    def close(self) -> None:
+        """Let a running job finish its current app."""
+        self.stopping = self.webhook.ended = True
+        self.webhook.arrived.set()
+        if self.thread:
+            self.thread.join()
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Upstox tokens</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E
+%3Ccircle cx='4' cy='4' r='3.5' fill='%232457c5'/%3E%3C/svg%3E">
+<style nonce="NONCE">
+:root { color-scheme: light dark; --page: #f4f6f8; --card: #fff; --text: #1b2430; --soft: #576372;
+  --line: #dde3e9; --edge: #8793a1; --good: #1a7f4b; --bad: #b3261e; --none: #66717e; --act: #2457c5;
+  --on-act: #fff; --wait: #fff5da; --wait-edge: #c98a00; }
+@media (prefers-color-scheme: dark) { :root { --page: #11151b; --card: #191f27; --text: #e6eaf0;
+  --soft: #9eaab8; --line: #2b343f; --edge: #66727f; --good: #4cc38a; --bad: #ff8f85; --none: #8d99a8;
+  --act: #86b0ff; --on-act: #0c1a33; --wait: #302810; --wait-edge: #d9a520; } }
+.good { --tone: var(--good); } .bad { --tone: var(--bad); } .none { --tone: var(--none); }
+.busy { --tone: var(--act); } .wait { --tone: var(--wait-edge); }
+* { box-sizing: border-box; } [hidden] { display: none !important; } html { overflow-y: scroll; }
+body { max-width: 1080px; margin: 0 auto; padding: 24px 24px 88px; background: var(--page);
+  color: var(--text); font: 16px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+h1, h2, p { margin: 0; font-size: 1.15rem; overflow-wrap: anywhere; }
+p { font-size: inherit; }
+header, footer, .actions, #summary, #notice { display: flex; align-items: center; gap: 12px; }
+button, select, input { min-height: 44px; padding: 0 16px; font: inherit; line-height: 1.15; color: inherit;
+  background: var(--card); border: 1px solid var(--edge); border-radius: 8px; }
+button { cursor: pointer; font-weight: 600; }
+button.main { background: var(--act); border-color: var(--act); color: var(--on-act); }
+button.danger { color: var(--bad); border-color: var(--bad); }
+:disabled { background: none !important; border-color: var(--line) !important; color: var(--soft) !important;
+  cursor: default; }
+:focus-visible { outline: 3px solid var(--act); outline-offset: 2px; }
+.soft, #checked, .actions label, footer { color: var(--soft); }
+#checked, footer, .actions label, .job { font-size: .9rem; }
+#checked { flex: 1; min-height: 1.45em; text-align: right; }
+#summary, #keyform, .frame { background: var(--card); border-radius: 8px; }
+#summary { margin: 16px 0 8px; padding: 12px 20px; min-height: 66px; border-left: 6px solid var(--tone);
+  font-size: 1.35rem; font-weight: 600; }
+.stage { display: grid; min-height: 124px; margin-bottom: 16px; }
+.stage > * { grid-area: 1 / 1; min-width: 0; } .waiting .normal { visibility: hidden; }
+.normal { display: grid; align-content: space-between; }
+#notice { min-height: 60px; padding-left: 26px; color: var(--tone, var(--soft)); }
+.actions label { margin-left: 8px; } #all { margin-left: auto; }
+#operator { padding: 16px 20px; background: var(--wait); border: 2px solid var(--wait-edge);
+  border-radius: 8px; }
+#operator p { margin-top: 4px; }
+#keyform { display: flex; flex-wrap: wrap; gap: 8px 12px; padding: 20px; }
+#keyform label, #keyform p { flex-basis: 100%; }
+#key { flex: 1; min-width: 0; max-width: 420px; }
+.frame { min-height: 364px; overflow: hidden; } .filled { min-height: 0 !important; }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; }
+th, td { height: 52px; padding: 6px 12px 6px 0; text-align: left; overflow-wrap: anywhere; }
+thead th { color: var(--soft); font-size: .85rem; font-weight: 500; }
+thead .pick { width: 60px; } thead .name { width: 160px; }
+thead .status { width: 290px; } thead .until { width: 175px; }
+tbody tr { border-top: 1px solid var(--line); } .pick { padding: 0; }
+.pick label { display: grid; place-items: center; min-height: 44px; cursor: pointer; }
+.pick input { width: 20px; min-height: 20px; margin: 0; accent-color: var(--act); }
+td.status { font-size: .92rem; font-weight: 600; color: var(--tone); }
+.status i { display: inline-block; width: 11px; height: 11px; margin-right: 9px; border-radius: 50%;
+  background: currentColor; forced-color-adjust: none; }
+tr:not(.good) td.until, .job { color: var(--soft); }
+[data-status=INVALID] .until { text-decoration: line-through; }
+.old .status, .old #summary, .run [data-job=DONE] .status { filter: grayscale(1); }
+[data-job=PENDING] .job, [data-job=RUNNING] .job { white-space: nowrap; overflow: hidden;
+  text-overflow: ellipsis; }
+[data-job=DONE] b { color: var(--good); } [data-job=FAILED] .job { color: var(--bad); }
+[data-job=RUNNING] b { color: var(--act); animation: breathe 2s ease-in-out infinite; }
+@keyframes breathe { 50% { opacity: .6; } }
+@media (prefers-reduced-motion: reduce) { [data-job=RUNNING] b { animation: none; } }
+footer { min-height: 56px; justify-content: space-between; }
+#dock { position: fixed; inset: auto 0 0; background: var(--text); color: var(--page); text-align: center; }
+#offline { padding: 14px 24px calc(14px + env(safe-area-inset-bottom)); }
+dialog { width: calc(100% - 32px); max-width: 460px; padding: 24px; color: inherit; background: var(--card);
+  border: 1px solid var(--edge); border-radius: 12px; }
+dialog::backdrop { background: rgb(0 0 0 / .5); } dialog ul { padding-left: 20px; }
+dialog div { display: flex; flex-wrap: wrap; justify-content: end; gap: 12px; }
+@media (max-width: 980px) {
+  body { padding: 12px 12px 88px; }
+  header { flex-wrap: wrap; gap: 0; justify-content: space-between; }
+  #checked { order: 3; flex-basis: 100%; text-align: left; }
+  #summary { margin: 8px 0; padding: 10px 12px; min-height: 72px; font-size: 1.02rem; line-height: 1.4; }
+  .stage { min-height: 176px; margin-bottom: 12px; }
+  #notice { min-height: 64px; padding-left: 18px; font-size: .95rem; }
+  #operator { padding: 10px 16px; }
+  .actions { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px; }
+  .actions > * { padding: 0 2px; font-size: .9rem; }
+  .actions label, thead { position: absolute; clip-path: inset(50%); } #all { margin: 0; }
+  .frame { min-height: 390px; } table, tbody { display: block; }
+  tbody tr { display: grid; grid-template-columns: 46px max-content minmax(0, 1fr); min-height: 65px;
+    padding: 8px 12px 8px 0; align-content: center; align-items: baseline; }
+  tbody tr:first-child { border: 0; } tbody tr > * { height: auto; padding: 1px 0; }
+  .pick { grid-row: 1 / 3; align-self: center; }
+  td.status { padding-left: 8px; text-align: right; font-size: .85rem; }
+  td.until { grid-area: 2 / 2 / 3 / 4; font-size: .9rem; }
+  td.until:not(.dash)::before { content: "until "; }
+  .job { grid-area: 3 / 2 / 4 / 4; } .run .job { grid-row: 2; }
+  [data-job=""] .job, .run tr:not([data-job=""]) .until { display: none; }
+}
+</style>
+</head>
+<body>
+<header>
+  <h1>Upstox tokens</h1> <span id="checked"></span> <button id="refresh" type="button">Check again</button>
+</header>
+<main>
+  <p id="summary" aria-live="polite"><noscript>This page needs JavaScript.</noscript></p>
+  <div class="stage" id="stage">
+    <div class="normal">
+      <p id="notice" role="status"></p>
+      <div class="actions" id="actions">
+        <button id="missing" class="main" type="button" disabled>Generate missing</button>
+        <button id="selected" type="button" disabled>Generate selected</button>
+        <label for="flow">Log in by</label>
+        <select id="flow">
+          <option value="SELENIUM">Browser login</option> <option value="V3">Approve on phone</option>
+        </select>
+        <button id="all" class="danger" type="button" disabled>Force regenerate all</button>
+      </div>
+      <form id="keyform" hidden>
+        <label for="key">Key</label>
+        <input id="key" type="password" autocomplete="current-password">
+        <button id="key-save" class="main" type="submit">Save</button>
+        <p class="soft">Kept in this browser tab only, until the tab is closed.</p>
+      </form>
+    </div>
+    <section id="operator" aria-labelledby="turn" hidden>
+      <h2 id="turn">Your turn</h2>
+      <p id="task"></p>
+      <p class="soft">The run goes on by itself as soon as that is done.</p>
+    </section>
+  </div>
+  <div class="frame" id="frame">
+    <table id="tokens">
+      <thead><tr><td class="pick"></td><th class="name" scope="col">API</th>
+        <th class="status" scope="col">Status</th><th class="until" scope="col">Valid until</th>
+        <th scope="col">Last run</th></tr></thead>
+      <tbody id="body"></tbody>
+    </table>
+  </div>
+</main>
+<footer>All times are the server's. <button id="forget" type="button" hidden>Forget key</button></footer>
+<div id="dock" role="status"><p id="offline" hidden></p></div>
+<dialog id="confirm" aria-labelledby="danger" aria-describedby="dangers">
+  <h2 id="danger">Regenerate every token, valid or not?</h2>
+  <ul id="dangers">
+    <li>Every app logs in again.</li>
+    <li id="cost"></li>
+    <li>Tokens in use by running programs stop working, until those programs read the new ones.</li>
+  </ul>
+  <div>
+    <button id="confirm-no" type="button" autofocus>Cancel</button>
+    <button id="confirm-yes" class="danger" type="button"></button>
+  </div>
+</dialog>
+<script nonce="NONCE">
+'use strict';
+const $ = id => document.getElementById(id), rows = new Map(), NEEDED = ['INVALID', 'EXPIRED', 'NOT FOUND'];
+const WORDS = {PENDING: 'Pending', RUNNING: 'Running', DONE: 'Done', FAILED: 'Failed', SKIPPED: 'Skipped'};
+const gone = new Set();  // the loops that get no answer at present
+let report = null, checkedAt = 0, checking = false, job = null, note = null, pressed = null, starting = false;
+let key = sessionStorage.getItem('key') || '', needKey = false, paused = false;
+let seen = JSON.parse(sessionStorage.getItem('run') || '{}');  // the last run this tab has watched
+
+const live = run => Boolean(run) && (run.state === 'RUNNING' || run.state === 'WAITING_FOR_OPERATOR');
+const needed = token => NEEDED.includes(token.status);
+const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+const say = (kind, text) => { note = {kind, text, at: Date.now()}; render(); };
+const keep = typed => { key = typed; sessionStorage.setItem('key', key); };
+
+async function call(path, signal, body) {
+  const headers = body ? {'Content-Type': 'application/json'} : {};
+  if (key) headers.Authorization = 'Bearer ' + key;
+  const answer = await fetch('auth/upstox/tokens/' + path, {signal, headers, cache: 'no-store',
+    redirect: 'error', method: body ? 'POST' : 'GET', body: body && JSON.stringify(body)});
+  const data = await answer.json().catch(() => null);
+  if (answer.ok && data) return data;
+  // an answer without JSON is a proxy's: the server itself is gone, code 0
+  throw Object.assign(new Error(data && data.error || 'No reason given.'), {code: data ? answer.status : 0});
+}
+
+function watch(work) {  // does work again and again; it answers the milliseconds to wait
+  let current = null, timer = 0, fails = 0;
+  const stop = () => {
+    clearTimeout(timer);
+    if (current) current.abort();
+    current = null;
+  };
+  const run = async () => {
+    stop();
+    if (document.hidden || paused) return;
+    const mine = current = new AbortController(), limit = setTimeout(() => mine.abort(), 20000);
+    let wait = 15000, error = null;
+    try { wait = await work(mine.signal); } catch (problem) { error = problem; }
+    clearTimeout(limit);
+    if (mine !== current) return;
+    if (error && error.code === 401) return askKey();
+    if (error && !error.code) {
+      gone.add(run);
+      wait = Math.min(15, 2 ** fails++) * 1000;
+    } else {
+      fails = 0;
+      if (gone.delete(run)) gone.forEach(other => other());
+      if (error) say('bad', error.message);
+    }
+    const opened = needKey && !gone.has(run);
+    if (opened) needKey = false;
+    timer = setTimeout(run, wait);
+    render();
+    if (opened) $('refresh').focus();
+  };
+  return Object.assign(run, {stop});
+}
+
+const jobs = watch(async signal => {
+  const mine = live(job) && job.jobId, path = 'jobs/' + (mine ? encodeURIComponent(mine) : 'latest');
+  const found = await call(path, signal).catch(error => { if (error.code !== 404) throw error; });
+  if (found) take(found);
+  else if (mine) {
+    job = null;
+    say('bad', 'The server no longer knows this run; was it restarted? The table shows what is stored.');
+    tokens();
+  }
+  return live(job) ? 1000 : 60000;
+});
+
+const tokens = watch(async signal => {
+  render();
+  if (live(job) && report && !checking) return 60000;
+  try { report = await call('status', signal); } finally { if (!signal.aborted) checking = false; }
+  checkedAt = Date.now();
+  if (note && checkedAt - note.at > 14000) note = null;
+  return checkedAt - seen.at < 5000 ? 6000 : 60000;  // after a run once more, past a shared older answer
+});
+
+function take(found) {
+  const ended = live(job) && !live(found);
+  if (!live(found) && found.jobId !== seen.id) return;  // an old run that nobody watched here
+  job = found;
+  if (live(found) || ended) seen = {id: found.jobId, at: Date.now()};
+  sessionStorage.setItem('run', JSON.stringify(seen));
+  if (ended) tokens();
+}
+
+async function start(button, body) {
+  [starting, note, pressed] = [true, null, button];
+  body.flow = $('flow').value;
+  render();
+  try {
+    const {jobId, apiNames} = await call('generate', AbortSignal.timeout(30000), body);
+    take({jobId, state: 'RUNNING', results: apiNames.map(apiName => ({apiName, state: 'PENDING'}))});
+    rows.forEach(row => { row.box.checked = false; });
+  } catch (error) {
+    if (error.code === 401) askKey();
+    else say('bad', error.code ? error.message : 'No answer came. If the run has begun, it will show here.');
+  }
+  starting = false;
+  jobs();
+  render();
+}
+
+function askKey() {
+  jobs.stop();
+  tokens.stop();
+  note = key && {kind: 'bad', text: 'The server did not accept the key.', at: Date.now()};
+  keep('');
+  [report, job, needKey, paused] = [null, null, true, true];
+  gone.clear();
+  render();
+  $('key').focus({preventScroll: true});
+}
+
+function wake(asked) {
+  paused = false;
+  checking = checking || asked || Date.now() - checkedAt > 90000;
+  jobs();
+  tokens();
+}
+
+function when(text) {  // "2026-11-24 03:30:00" as "Tue 24 Nov, 03:30", whatever zone this browser is in
+  const day = new Date(text.slice(0, 10));
+  const form = {weekday: 'short', day: 'numeric', month: 'short', timeZone: 'UTC'};
+  if (isNaN(day)) return text;
+  return day.toLocaleDateString('en-GB', form).replace(',', '') + ', ' + text.slice(11, 16);
+}
+
+function describe(all) {  // the sentence on top and its colour
+  const n = all.length, need = all.filter(needed).length;
+  const valid = all.filter(token => token.status === 'VALID');
+  const of = (count, one, more) => (count < n ? count + ' of ' + n + ' tokens ' + (count === 1 ? one : more)
+    : n === 1 ? 'The token ' + one : 'All ' + n + ' tokens ' + more);
+  const unknown = n - need - valid.length, ends = [...new Set(valid.map(token => token.validityAt))].sort();
+  if (!n) return ['No API is configured.', 'none'];
+  if (unknown === n) return ['The broker could not be asked about the token' + (n > 1 ? 's.' : '.'), 'none'];
+  if (valid.length === n) return [of(n, 'is', 'are') + ' valid' + (ends.length > 1 ? ', the first until '
+    : ' until ') + String(ends[0]).slice(11, 16) + '.', 'good'];
+  return [(need ? of(need, 'needs', 'need') + ' generating.' : of(valid.length, 'is', 'are') + ' valid.')
+    + (unknown ? ' For ' + unknown + ' the broker could not be asked.' : ''), need ? 'bad' : 'none'];
+}
+
+function headline() {
+  if (needKey) return ['This server asks for its key.', 'none'];
+  if (!live(job) && report) return describe(report.tokens);
+  if (!live(job)) return [checking ? 'Checking the tokens…' : 'The tokens could not be checked yet.', 'none'];
+  const of = state => job.results.filter(result => result.state === state).length, failed = of('FAILED');
+  const text = of('DONE') + ' of ' + job.results.length + ' done'
+    + (failed ? ', ' + failed + ' failed' : '') + '.';
+  return job.state === 'RUNNING' ? ['Generating: ' + text, 'busy'] : ['Waiting for you: ' + text, 'wait'];
+}
+
+function message() {
+  if (note && (!live(job) || Date.now() - note.at < 10000)) return [note.text, note.kind];
+  if (live(job) || starting) return [live(job) && job.message || 'Starting…', ''];
+  if (needKey) return ['It is UPSTOX_SERVE_KEY in the configuration of the server.', ''];
+  if (!job) return [report && !gone.size ? 'Checked every minute while open.' : '', ''];
+  return [new Date(seen.at).toTimeString().slice(0, 5) + ' ' + WORDS[job.state] + '. ' + (job.message || ''),
+    job.state === 'DONE' ? 'good' : 'bad'];
+}
+
+function addRow(name) {
+  const make = (parent, tag, kind) => parent.appendChild(Object.assign(document.createElement(tag), kind));
+  const tr = make($('body'), 'tr'), pick = make(make(tr, 'td', {className: 'pick'}), 'label');
+  const box = make(pick, 'input', {type: 'checkbox', ariaLabel: 'Select ' + name, onchange: render});
+  make(tr, 'th', {className: 'name', scope: 'row', textContent: name});
+  const state = make(tr, 'td', {className: 'status'}), until = make(tr, 'td', {className: 'until'});
+  const run = make(tr, 'td', {className: 'job'});
+  make(state, 'i');
+  tr.dataset.api = name;
+  return {tr, box, until, word: make(state, 'span'), bold: make(run, 'b'), more: make(run, 'span')};
+}
+
+function renderRow(token) {
+  if (!rows.has(token.apiName)) rows.set(token.apiName, addRow(token.apiName));
+  const {tr, until, word, bold, more} = rows.get(token.apiName);
+  const result = job && job.results.find(found => found.apiName === token.apiName);
+  tr.className = token.status === 'VALID' ? 'good' : needed(token) ? 'bad' : 'none';
+  tr.dataset.status = token.status;
+  tr.dataset.job = result ? result.state : '';
+  put(word, token.status + (token.reason ? ' (' + token.reason + ')' : ''));
+  put(until, token.validityAt ? when(token.validityAt) : '–');
+  until.classList.toggle('dash', !token.validityAt);
+  put(bold, result ? WORDS[result.state] : '');
+  put(more, result && result.message ? ': ' + result.message : '');
+}
+
+function render() {
+  if (job && !live(job) && new Date(seen.at).toDateString() !== new Date().toDateString()) job = null;
+  const all = report ? report.tokens : [], need = all.filter(needed).length;
+  const running = live(job), waiting = running && job.state !== 'RUNNING';
+  const same = all.map(token => token.apiName).join() === [...rows.keys()].join();
+  if (!same) $('body').replaceChildren();
+  if (!same) rows.clear();
+  all.forEach(renderRow);
+  const picked = [...rows.values()].filter(row => row.box.checked).length;
+  const ready = report && !running && !starting && !needKey && !gone.size;
+  const [top, mood] = headline(), [line, kind] = message();
+  put($('summary'), top);
+  put($('notice'), line);
+  $('summary').className = mood;
+  $('notice').className = kind;
+  document.body.className = (running ? 'run' : '')
+    + (gone.size || (!running && Date.now() - checkedAt > 90000) ? ' old' : '');
+  document.title = (waiting ? 'Your turn: ' : running ? 'Generating: ' : need ? '(' + need + ') ' : '')
+    + 'Upstox tokens';
+  put($('checked'), checking && !needKey ? 'Checking…'
+    : report ? 'Checked ' + when(report.checkedAt) + report.checkedAt.slice(16, 19) : '');
+  put($('missing'), 'Generate missing (' + (report ? need : '–') + ')');
+  put($('selected'), 'Generate selected (' + (report ? picked : '–') + ')');
+  put($('confirm-yes'), 'Regenerate (' + all.length + ')');
+  put($('task'), waiting && job.message || 'Look at the browser window on the machine that runs the server.');
+  put($('offline'), 'The server does not answer. Trying again…'
+    + (report ? ' What you see is from ' + report.checkedAt.slice(11) + '.' : ''));
+  $('missing').disabled = !ready || !need;
+  $('selected').disabled = !ready || !picked;
+  $('all').disabled = !ready || !all.length;
+  $('flow').disabled = running || starting;
+  $('refresh').disabled = needKey;
+  $('stage').className = waiting ? 'stage waiting' : 'stage';
+  $('frame').className = report ? 'frame filled' : 'frame';
+  $('operator').hidden = !waiting;
+  $('keyform').hidden = !needKey;
+  $('actions').hidden = $('frame').hidden = needKey;
+  $('forget').hidden = !key || needKey;
+  $('offline').hidden = !gone.size;
+  if (!ready || !pressed) return;
+  // a button that was disabled for the run gets the keyboard back
+  if (document.activeElement === document.body) pressed.focus({preventScroll: true});
+  pressed = null;
+}
+
+$('missing').onclick = () => start($('missing'), {mode: 'INVALID_ONLY'});
+$('selected').onclick = () => start($('selected'), {mode: 'PARTIAL',
+  apiNames: [...rows.keys()].filter(name => rows.get(name).box.checked)});
+$('all').onclick = () => {
+  put($('cost'), $('flow').value === 'V3' ? 'Each app has to be approved on the phone.'
+    : 'Each login uses up OTP quota at the broker.');
+  $('confirm').showModal();
+};
+$('confirm-no').onclick = () => $('confirm').close();
+$('confirm-yes').onclick = () => { $('confirm').close(); start($('all'), {mode: 'ALL'}); };
+$('refresh').onclick = () => wake(true);
+$('keyform').onsubmit = event => {
+  event.preventDefault();
+  const typed = $('key').value.trim();
+  $('key').value = '';
+  if (!/^[!-~]+$/.test(typed)) return say('bad', 'A key has letters, digits and signs, no spaces.');
+  keep(typed);
+  wake(true);
+};
+$('forget').onclick = () => { keep(''); wake(true); };
+$('flow').value = localStorage.getItem('flow') || 'SELENIUM';
+$('flow').onchange = () => localStorage.setItem('flow', $('flow').value);
+addEventListener('online', () => needKey || wake(false));
+document.addEventListener('visibilitychange', () => {
+  if (!document.hidden) return needKey || wake(false);
+  jobs.stop();
+  tokens.stop();
+});
+wake(true);
+</script>
+</body>
+</html>
+"""
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A thread per connection, with a limit on how many and for how long."""
+
+    request_queue_size = 128
+    allow_reuse_port = False
+    MOST, SECONDS = 500, 60.0
+
+    def __init__(self, address: str, service: Service, webhook_only: bool = False) -> None:
+        match = re.fullmatch(r"\[?([^\[\]/\s]+?)\]?:([0-9]{1,5})", address)
+        if not match or int(match[2]) > 65535:
+            raise ConfigError(f"--serve: {printable(address, 60)} is not HOST:PORT")
+        self.service, self.webhook_only, self.host = service, webhook_only, match[1].lower()
+        if not loopback(self.host) and not service.config.serve_key:
+            raise ConfigError("UPSTOX_SERVE_KEY: is not set; serving beyond loopback needs it")
+        self.since: dict[Any, float] = {}
+        self.address_family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            super().__init__((self.host, int(match[2])), Handler)
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"--serve: cannot listen on {address}: {getattr(error, 'strerror', None) or error}. "
+                              "Choose another port, or end what uses it.") from None
+        self.url = f"http://{address.rpartition(':')[0]}:{self.server_address[1]}/"
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's would ask the DNS for our name
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        self.since[request] = time.monotonic()
+        return len(self.since) <= self.MOST
+
+    def service_actions(self) -> None:
+        """Cut off whoever is still sending after a minute."""
+        for request, since in list(self.since.items()):
+            if time.monotonic() - since > self.SECONDS:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.since.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is everyday life, and no traceback is for the log."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Checks who asks, finds the route, answers JSON; no SQL and no login code here."""
+
+    server: Server
+    server_version, sys_version = "upstox_tokens", ""
+    timeout = 10  # seconds of silence
+    ROUTES = (("GET", r"/", "page"), ("GET", r"/healthz", "health"),
+              ("GET", r"/auth/upstox/tokens/status", "status"),
+              ("POST", r"/auth/upstox/tokens/generate", "generate"),
+              ("GET", r"/auth/upstox/tokens/jobs/([0-9a-z]{1,40})", "job"))
+
+    def respond(self) -> None:
+        """One request, whatever the method."""
+        self.cors: dict[str, str] = {}
+        try:
+            self.dispatch(self.requestline.split(" ")[1].partition("?")[0])
+        except HttpError as error:
+            self.answer(error.code, {"error": str(error)}, error.headers)
+        except TokenError as error:
+            code = {BusyError: 409, ConfigError: 400}.get(type(error), 503)
+            self.answer(code, {"error": str(error)})
+        except OSError:
+            self.close_connection = True  # the client is gone
+        except Exception as error:  # a bug: tell where, not what, since its text may hold anything
+            self.server.service.command.console.log(f"internal error: {type(error).__name__}")
+            self.answer(500, {"error": "internal error"})
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = respond
+
+    def dispatch(self, path: str) -> None:
+        """Webhook first: the broker sends neither our key nor a host name of ours."""
+        service = self.server.service
+        notifier = urllib.parse.urlsplit(service.config.notifier).path
+        if notifier and path == notifier:
+            self.need_method("POST")
+            service.webhook.receive(self.read_body())
+            return self.answer(200, {"status": "ok"})
+        self.check_host()
+        found = next(((method, name, match) for method, pattern, name in self.ROUTES
+                      if (match := re.fullmatch(pattern, path))), None)
+        if not found or self.server.webhook_only:
+            raise HttpError(404, "not found")
+        method, name, match = found
+        self.check_origin()
+        if self.command == "OPTIONS" and self.cors:
+            return self.answer(204, None, {"Access-Control-Allow-Methods": method, "Access-Control-Max-Age": "600",
+                                           "Access-Control-Allow-Headers": "Authorization, Content-Type",
+                                           "Access-Control-Allow-Private-Network": "true"})
+        self.need_method(method)
+        if path.startswith("/auth/"):
+            self.check_key(service.config.serve_key)
+        getattr(self, f"send_{name}")(service, *match.groups())
+
+    def need_method(self, method: str) -> None:
+        """405 for any other."""
+        if self.command != method and (self.command, method) != ("HEAD", "GET"):
+            raise HttpError(405, f"use {method}", Allow="GET, HEAD, OPTIONS" if method == "GET" else "POST, OPTIONS")
+
+    def check_host(self) -> None:
+        """DNS rebinding: a page of another site could reach us only by a name that is not ours."""
+        host = ""
+        with contextlib.suppress(ValueError):
+            host = urllib.parse.urlsplit("//" + self.headers.get("Host", "")).hostname or ""
+        if not loopback(host) and host not in (self.server.host, self.connection.getsockname()[0]):
+            raise HttpError(403, "this Host is not served here")
+
+    def check_origin(self) -> None:
+        """A browser's page must be our own or listed in UPSTOX_ALLOWED_ORIGINS."""
+        origin = self.headers.get("Origin")
+        if origin is None or origin.lower() == f"http://{self.headers.get('Host', '').lower()}":
+            return
+        if origin.lower() not in filter(None, self.server.service.config.origins):
+            raise HttpError(403, "this Origin is not allowed; see UPSTOX_ALLOWED_ORIGINS")
+        self.cors = {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "Location",
+                     "Vary": "Origin"}
+
+    def check_key(self, key: str) -> None:
+        """The bearer key, where one is set."""
+        given = self.headers.get("Authorization", "").encode("utf-8", "replace")
+        if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+            raise HttpError(401, "the key is missing or wrong", WWW_Authenticate="Bearer")
+
+    def read_body(self) -> bytes:
+        """The whole body: 64 KiB at most, of the announced length, within the time limit."""
+        announced = self.headers.get("Content-Length", "")
+        if self.headers.get("Transfer-Encoding") or not re.fullmatch("[0-9]{1,18}", announced):
+            raise HttpError(400, "a Content-Length is needed")
+        length, body, end = int(announced), b"", time.monotonic() + self.timeout
+        if length > 65536:
+            raise HttpError(413, "the body is larger than 64 KiB")
+        while len(body) < length and time.monotonic() < end and (part := self.rfile.read1(length - len(body))):
+            body += part
+        if len(body) < length:
+            raise HttpError(400, "the body is shorter than announced")
+        return body
+
+    def send_page(self, service: Service) -> None:
+        """The dashboard."""
+        nonce = secrets.token_urlsafe(16)
+        policy = (f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; "
+                  "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        self.answer(200, PAGE.replace("NONCE", nonce), {"Content-Security-Policy": policy})
+
+    def send_health(self, service: Service) -> None:
+        """Whether the server answers."""
+        self.answer(200, {"status": "ok"})
+
+    def send_status(self, service: Service) -> None:
+        """Every token's status."""
+        self.answer(200, service.status())
+
+    def send_generate(self, service: Service) -> None:
+        """Start a job."""
+        if self.headers.get_content_type() != "application/json":
+            raise HttpError(415, "send application/json")
+        try:
+            body = json.loads(self.read_body())
+        except (ValueError, RecursionError):
+            raise HttpError(400, "the body is not JSON") from None
+        job = service.generate(body)
+        self.answer(202, {"jobId": job.job_id, "state": "RUNNING", "apiNames": list(job.results)},
+                    {"Location": f"/auth/upstox/tokens/jobs/{job.job_id}"})
+
+    def send_job(self, service: Service, job_id: str) -> None:
+        """One job, or the latest."""
+        job = next(reversed(service.jobs.values()), None) if job_id == "latest" else service.jobs.get(job_id)
+        if job is None:
+            raise HttpError(404, "no such job")
+        self.answer(200, job.as_json())
+
+    def answer(self, code: int, payload: Any, headers: Mapping[str, str] | None = None) -> None:
+        """Headers and body; a dictionary becomes JSON, a text is HTML."""
+        html = isinstance(payload, str)
+        body = payload.encode() if html else b"" if payload is None else json.dumps(payload).encode()
+        self.send_response(code)
+        for name, value in {"Content-Type": "text/html; charset=utf-8" if html else "application/json",
+                            "Content-Length": str(len(body)), "Cache-Control": "no-store",
+                            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                            **self.cors, **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+        if code >= 400:
+            self.linger()
+
+    def linger(self) -> None:
+        """Take what a refused client still sends, for a while: a reset would eat our answer."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1)
+            end = time.monotonic() + 5
+            while time.monotonic() < end and self.connection.recv(65536):
+                pass
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server itself refuses (bad request lines, header floods, unknown methods), as JSON."""
+        self.cors, self.command = {}, self.command or ""
+        known = {501: (405, "unknown method", {"Allow": "GET, HEAD, POST, OPTIONS"})}
+        code, text, headers = known.get(code, (code, printable(message or "bad request", 100), {}))
+        self.answer(code, {"error": text}, headers)
+
+    def log_request(self, code: Any = "-", size: Any = "-") -> None:
+        """With -v one line a request; without its query, which could hold anything."""
+        command, target = self.server.service.command, (getattr(self, "path", "") or "?").partition("?")[0]
+        if command.args.verbose:
+            command.console.log(printable(f"{self.client_address[0]} {self.command} {target} {int(code)}", 200))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """What else http.server would log: nothing that an operator needs."""
+
+
+# ---- The command line ----------------------------------------------------------------------------------------------
 
 
 def wait_minutes(text: str) -> float:
@@ -1943,162 +2932,61 @@ def wait_minutes(text: str) -> float:
     return value
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """All options."""
+    parser = argparse.ArgumentParser(
+        prog="upstox_tokens.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Keep the Upstox access tokens of one account alive in vega_trade.db.\n"
+                    "Without an option: the summary, then the menu.",
+        epilog="exit: 0 all valid, 1 some not, 2 usage or configuration, 3 operator needed, 4 busy\n"
+               "cron: upstox_tokens.py --mode INVALID_ONLY -q")
+    add = parser.add_argument
+    add("--status", action="store_true", help="show the summary and change nothing")
+    add("--mode", type=str.upper, choices=MODES, help="generate without asking")
+    add("--apis", metavar="A,B", help="the API names for --mode PARTIAL")
+    add("--serve", nargs="?", const=SERVE_ADDRESS, metavar="HOST:PORT",
+        help=f"HTTP API and dashboard (default {SERVE_ADDRESS}); with --mode and V3: where that run listens")
+    add("--check", action="store_true", help="is everything ready for a login? Spends no OTP")
+    add("--import-config", action="store_true", help="copy the apps of the environment into the database")
+    add("--json", action="store_true", help="result as JSON (with --status or --mode)")
+    add("--flow", type=str.upper, choices=FLOWS, default="SELENIUM", help="browser login (default), or phone approval")
+    add("--wait", type=wait_minutes, default=15, metavar="MINUTES", help="how long a V3 run waits (default 15)")
+    add("--headed", action="store_true", help="show the browser window")
+    add("--debug-dir", type=Path, metavar="DIR", help="store a screenshot and the page's text of a failed login")
+    add("--env-file", type=Path, metavar="PATH", help="settings (default .env here, else beside the script)")
+    add("--db", metavar="PATH", help=f"database (default {DATABASE_NAME} here, else beside the script)")
+    add("-v", "--verbose", action="store_true", help="also show the database's path and each request served")
+    add("-q", "--quiet", action="store_true", help="no progress lines")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
 def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
     """Options that fit together, or exit 2 with one sentence."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    verbs = [bool(args.status), bool(args.mode), bool(args.serve), args.check, args.import_config]
-    if sum(verbs) > 1 and not (args.mode and args.serve and args.flow == "V3" and sum(verbs) == 2):
+    verbs = [args.status, args.mode, args.serve, args.check, args.import_config]
+    if sum(map(bool, verbs)) > 1 and not (verbs == [False, args.mode, args.serve, False, False] and args.flow == "V3"):
         parser.error("choose one of --status, --mode, --serve, --check and --import-config")
     if (args.mode == "PARTIAL") != (args.apis is not None):
         parser.error("--mode PARTIAL and --apis go together")
     if args.json and not (args.status or args.mode):
         parser.error("--json goes with --status or --mode")
     if args.headed and not has_display(environ):
-        parser.error("--headed needs a display; none is set (DISPLAY)")
+        parser.error("--headed needs a display (DISPLAY is not set)")
     return args
 
 
 def load_config(args: argparse.Namespace, environ: Mapping[str, str]) -> Config:
-    """Settings from environment and env file, checked for what this command needs."""
-    env_file = args.env_file or first_existing(".env", (Path.cwd(), Path(__file__).parent))
-    settings, problems = read_settings(environ, env_file)
-    if args.import_config:
-        settings["UPSTOX_CONFIG_SOURCE"] = "ENV"
-    needed = () if args.status else ("UPSTOX_REDIRECT_URI",)
-    needed += flow_keys(args.flow) if args.mode or args.check else ()
-    path = find_database(args.db)
-    return build_config(settings, problems, needed=needed, stored_apps=lambda: read_stored_apps(path))
-
-
-@dataclass
-class Command:
-    """One call of the program: its options, configuration and console."""
-
-    args: argparse.Namespace
-    config: Config
-    path: Path
-    console: Console
-    environ: Mapping[str, str]
-    now: Callable[[], float]
-    sleep: Callable[[float], None]
-
-    def __post_init__(self) -> None:
-        self.broker = Broker(self.config.base_url)
-        self.console.secrets |= self.config.secrets()
-
-    def run(self, source: str, reporter: Reporter, **changes: Any) -> Run:
-        """A generating run with this command's options."""
-        args = self.args
-        options = {"flow": args.flow, "headed": args.headed, "debug_dir": args.debug_dir,
-                   "wait_seconds": args.wait * 60, "now": self.now, "sleep": self.sleep, "environ": self.environ}
-        return Run(self.config, self.path, self.broker, reporter, source, **{**options, **changes})
-
-    def check(self) -> list[Status]:
-        """Every app's status now."""
-        if (foreign := unknown_names(self.path)) and not self.args.quiet:
-            self.console.log("rows of unknown names are left alone: " + ", ".join(printable(n, 40) for n in foreign))
-        return check_tokens(self.config, self.path, self.broker, self.now())
-
-    def summary(self, statuses: Sequence[Status]) -> None:
-        """Print the summary."""
-        for line in summary_lines(statuses, self.path if self.args.verbose else None):
-            self.console.say(line)
-
-
-def command_status(command: Command) -> int:
-    """--status: look, write nothing."""
-    statuses = command.check()
-    if command.args.json:
-        command.console.say(json.dumps(status_json(statuses, command.now()), indent=2))
-    else:
-        command.summary(statuses)
-    return OK if all(status.word == "VALID" for status in statuses) else NOT_VALID
-
-
-def command_mode(command: Command) -> int:
-    """--mode: generate without asking."""
-    names = [app.name for app in command.config.apps]
-    try:
-        named = parse_names(command.args.apis, names) if command.args.mode == "PARTIAL" else []
-    except ValueError as error:
-        raise ConfigError([f"--apis: {error}"]) from None
-    result = generate(command, "CLI", command.args.mode, named)
-    if command.args.json:
-        outcomes = [{"apiName": name, "state": outcome.state, "message": outcome.message}
-                    for name, outcome in result.outcomes.items()]
-        report = {**status_json(result.statuses, command.now()), "results": outcomes, "exitCode": result.exit_code}
-        command.console.say(json.dumps(report, indent=2))
-    else:
-        report_result(command, result)
-    return result.exit_code
-
-
-def generate(command: Command, source: str, mode: str, named: Sequence[str], **changes: Any) -> Result:
-    """One run, told on the console."""
-    require_for_flow(command.config, command.args.flow)
-    run = command.run(source, command.console, **changes)
-    run.secrets = command.console.secrets
-    session = Session(run, mode, named)
-    session.begin()
-    command.console.begin([app.name for app in session.chosen])
-    left_alone = [status.api_name for status in session.statuses if status.word == "UNKNOWN"]
-    if mode == "INVALID_ONLY" and left_alone:
-        command.console.log(f"left alone, since the broker could not tell whether they are valid: {', '.join(left_alone)}")
-    return session.finish()
-
-
-def report_result(command: Command, result: Result) -> None:
-    """The summary at the end of a run, and what to do about the apps that failed."""
-    command.summary(result.statuses)
-    if lines := failure_lines(result):
-        command.console.say()
-        for line in lines:
-            command.console.say(line)
-
-
-def command_menu(command: Command) -> int:
-    """The summary, the operator's choice, the run; offers a visible browser when a CAPTCHA came up."""
-    console = command.console
-    statuses = command.check()
-    command.summary(statuses)
-    try:
-        choice = ask_action(console, [app.name for app in command.config.apps])
-        if choice:
-            result = generate(command, "MENU", *choice, go_ahead=lambda hold: confirm(
-                console, f"Logins are on hold: {hold}. Is it mended, and may the login go ahead?"))
-            console.say()
-            report_result(command, result)
-            if result.captcha and not command.args.headed and has_display(command.environ) and confirm(
-                    console, "Open a visible browser window and go on there?"):
-                left = [name for name, outcome in result.outcomes.items() if outcome.state != "DONE"]
-                result = generate(command, "MENU", "PARTIAL", left, headed=True)
-                console.say()
-                report_result(command, result)
-            return result.exit_code
-    except EOFError:
-        console.say()
-    console.say("Aborted, nothing changed.")
-    return OK if all(status.word == "VALID" for status in statuses) else NOT_VALID
-
-
-def command_import_config(command: Command) -> int:
-    """--import-config: the apps of the environment into upstox_api_configs."""
-    create_database(command.path)
-    import_apps(command.path, command.config.apps, command.now())
-    names = ", ".join(app.name for app in command.config.apps)
-    command.console.say(f"Copied {names} into upstox_api_configs of {command.path.resolve()}. "
-                        "Set UPSTOX_CONFIG_SOURCE=DB to use them.")
-    return OK
-
-
-def dispatch(args: argparse.Namespace, command: Command) -> int:
-    """The function for the chosen verb."""
-    if args.status:
-        return command_status(command)
-    if args.import_config:
-        return command_import_config(command)
-    return command_mode(command) if args.mode else command_menu(command)
+    """Environment over env file, checked for what this command needs."""
+    env_file = args.env_file or first_existing(".env", Path.cwd(), Path(__file__).parent)
+    from_file, problems = read_env_file(env_file) if env_file else ({}, [])
+    merged = {**from_file, **environ}.items()
+    settings = {key: value.strip() for key, value in merged if key.startswith("UPSTOX_") and value.strip()}
+    needed = [] if args.status else ["UPSTOX_REDIRECT_URI"]
+    needed += FLOW_KEYS[args.flow] if args.mode or args.check else []
+    from_db = settings.get("UPSTOX_CONFIG_SOURCE") == "DB" and not args.import_config
+    return build_config(settings, problems, needed, stored_apps(find_database(args.db)) if from_db else None)
 
 
 def stop_on(signum: int, _frame: object) -> NoReturn:
@@ -2125,19 +3013,39 @@ def signals_handled() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+def open_stream(stream: TextIO | None) -> TextIO:
+    """A stream that takes any text; one that was closed before the start leads nowhere."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    with contextlib.suppress(AttributeError):
+        stream.reconfigure(errors="backslashreplace")
+    return stream
+
+
+def flush(stream: TextIO) -> None:
+    """Write out what is left; a reader that went away (`| head`) is no error."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def main(argv: Sequence[str] | None = None, *, out: TextIO | None = None, err: TextIO | None = None,
          ask: Callable[[str], str] = input, environ: Mapping[str, str] | None = None,
          now: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep) -> int:
-    """Run one command; the exit code of contract section 5. The keywords replace the process's own for tests."""
+    """Run one command; returns the exit code (contract 5). The keywords replace the process's own for tests."""
     environ = os.environ if environ is None else environ
-    console = Console(out or open_stream(sys.stdout), err or open_stream(sys.stderr), ask=ask)
+    console = Console(out or open_stream(sys.stdout), err or open_stream(sys.stderr), ask)
     try:
         with signals_handled():
             args = parse_arguments(argv, environ)
+            os.umask(0o077)  # whatever is created may hold tokens
             console.quiet = args.quiet
-            os.umask(0o077)  # whatever is created holds tokens
-            command = Command(args, load_config(args, environ), find_database(args.db), console, environ, now, sleep)
-            return dispatch(args, command)
+            command = Command(args, load_config(args, environ), console, environ, now, sleep)
+            verb = next((verb for verb in ("status", "mode", "serve", "check", "import_config")
+                         if getattr(args, verb)), "menu")
+            return getattr(command, verb)()
     except TokenError as error:
         for line in str(error).splitlines():
             console.log(f"error: {line}")
@@ -2147,27 +3055,11 @@ def main(argv: Sequence[str] | None = None, *, out: TextIO | None = None, err: T
         return stop.exit_code
     except SystemExit as stop:  # argparse has said what is wrong
         return stop.code if isinstance(stop.code, int) else USAGE
+    except BrokenPipeError:
+        return NOT_VALID
     finally:
-        flush(console)
-
-
-def open_stream(stream: TextIO | None) -> TextIO:
-    """A stream that takes any text; one that was closed before the start goes nowhere."""
-    if stream is None:
-        return open(os.devnull, "w", encoding="utf-8")
-    with contextlib.suppress(AttributeError):
-        stream.reconfigure(errors="backslashreplace")
-    return stream
-
-
-def flush(console: Console) -> None:
-    """Write out what is left; a reader that went away (`| head`) is no error."""
-    for stream in (console.out, console.err):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        flush(console.out)
+        flush(console.err)
 
 
 if __name__ == "__main__":
