@@ -51,6 +51,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.parse
 import urllib.request
 from collections import deque
@@ -64,7 +65,7 @@ from typing import Any, NoReturn, TextIO
 __version__ = "1.0.0"
 __all__ = ["TokenError", "access_token", "main"]
 
-# ---- Facts: the guide, the broker, the limits ----------------------------------------------------------
+# ---- Facts: the guide, the broker, the limits ----------------------------------------------------
 
 API_NAMES = ("PRIMARY", "WEBSOCKET1", "WEBSOCKET2", "WEBSOCKET3", "OPTIONCHAIN1", "OPTIONCHAIN2")
 MODES = ("ALL", "INVALID_ONLY", "PARTIAL")
@@ -146,7 +147,7 @@ BROKER_ERRORS = {  # what the API's error codes mean, and what to do next (facts
     "UDAPI1157": ("the app has expired", f"Renew it on {APP_PAGE}."),
 }
 
-# ---- Errors: every text is a finished sentence for the operator -------------------------------------------
+# ---- Errors: every text is a finished sentence for the operator ----------------------------------
 
 
 class TokenError(Exception):
@@ -213,7 +214,7 @@ def redact(text: str, hidden: Iterable[str]) -> str:
     return text
 
 
-# ---- Configuration ----------------------------------------------------------------------------------------
+# ---- Configuration -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -280,8 +281,8 @@ def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
             if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
                 raise ConfigError(
                     f"{path} may be read by other users. Run: chmod 600 {shlex.quote(str(path))}",
-                    "Where chmod has no effect (a Windows drive under WSL), keep the file elsewhere and name it "
-                    "with --env-file, or use real environment variables.")
+                    "Where chmod has no effect (a Windows drive under WSL), keep the file elsewhere and "
+                    "name it with --env-file, or use real environment variables.")
             data = file.read(BODY_LIMIT)
         return parse_env(data.decode(), str(path))
     except UnicodeDecodeError as error:
@@ -291,9 +292,18 @@ def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
         raise ConfigError(f"The env file {path} cannot be read: {error.strerror}.") from None
 
 
-def first_existing(name: str, *folders: Path) -> Path | None:
-    """The file of that name in the first folder that has one."""
-    return next((folder / name for folder in folders if (folder / name).exists()), None)
+def first_existing(name: str) -> Path | None:
+    """The file of that name in the current folder, else beside the script."""
+    places = (here() / name, Path(__file__).parent / name)
+    return next((place for place in places if place.exists()), None)
+
+
+def here() -> Path:
+    """The current folder; where that was deleted, the script's."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return Path(__file__).absolute().parent
 
 
 def web_address(value: str) -> urllib.parse.SplitResult | None:
@@ -307,7 +317,8 @@ def web_address(value: str) -> urllib.parse.SplitResult | None:
 
 def loopback(host: str | None) -> bool:
     """Whether a host name or address stays on this machine."""
-    return bool(host) and (host in ("localhost", "::1") or host.startswith("127.") or host.endswith(".localhost"))
+    host = host or ""
+    return host in ("localhost", "::1") or host.startswith("127.") or host.endswith(".localhost")
 
 
 def is_base_url(value: str) -> bool:
@@ -344,13 +355,13 @@ RULES: dict[str, tuple[Callable[[str], object], str]] = {
     "UPSTOX_TOTP": (is_totp_secret, "must be the base32 secret shown when TOTP was switched on, not a code; "
                                     "at least 112 bits (23 characters)"),
     "UPSTOX_REDIRECT_URI": (web_address, "must be the http or https URL registered with the apps"),
-    "UPSTOX_NOTIFIER_WEBHOOK_URI": (is_notifier, "must be the http or https URL registered with the apps, with a "
-                                                 "path of its own"),
+    "UPSTOX_NOTIFIER_WEBHOOK_URI": (is_notifier, "must be the http or https URL registered with the apps and "
+                                                 "have a path of its own"),
     "UPSTOX_BASE_URL": (is_base_url, "must be an https URL (http on loopback only) without a path"),
     "UPSTOX_CONFIG_SOURCE": (("ENV", "DB").__contains__, "must be ENV or DB"),
     "UPSTOX_SERVE_KEY": (re.compile(r"[!-~]{16,255}").fullmatch,
                          "must have 16 characters or more, without spaces"),
-    "UPSTOX_ALLOWED_ORIGINS": (are_origins, "must be web origins such as http://localhost:5173, comma separated"),
+    "UPSTOX_ALLOWED_ORIGINS": (are_origins, "must be origins such as http://localhost:5173, comma separated"),
 }
 FLOW_KEYS = {"SELENIUM": ("UPSTOX_MOBILE_NUMBER", "UPSTOX_PIN", "UPSTOX_TOTP"),
              "V3": ("UPSTOX_NOTIFIER_WEBHOOK_URI",)}
@@ -402,7 +413,8 @@ def build_config(settings: Mapping[str, str], problems: Sequence[str], needed: S
     settings = {**settings, "UPSTOX_TOTP": totp} if totp else settings
     raw = env_apps(settings) if stored is None else stored
     label = "UPSTOX_{field}_{index}" if stored is None else "upstox_api_configs, api_index {index}, {field}"
-    redirect, enabled = settings.get("UPSTOX_REDIRECT_URI", ""), [app for app in raw if app.get("enabled", True)]
+    redirect = settings.get("UPSTOX_REDIRECT_URI", "")
+    enabled = [app for app in raw if app.get("enabled", True)]
     if enabled and all(app.get("redirect_uri") for app in enabled):
         needed = [key for key in needed if key != "UPSTOX_REDIRECT_URI"]
     found = [f"{key}: is not set" for key in needed if key not in settings]
@@ -425,7 +437,8 @@ def require_for_flow(config: Config, flow: str) -> None:
     have = {"UPSTOX_MOBILE_NUMBER": config.mobile, "UPSTOX_PIN": config.pin, "UPSTOX_TOTP": config.totp,
             "UPSTOX_NOTIFIER_WEBHOOK_URI": config.notifier}
     problems = [f"{key}: is not set; flow {flow} needs it" for key in FLOW_KEYS[flow] if not have[key]]
-    modules = [name for name in ("selenium", "pyotp") if flow == "SELENIUM" and not importlib.util.find_spec(name)]
+    packages = ("selenium", "pyotp") if flow == "SELENIUM" else ()
+    modules = [name for name in packages if not importlib.util.find_spec(name)]
     if modules:
         problems.append(f"{' and '.join(modules)} missing. Run: {shlex.quote(sys.executable)} -m pip install "
                         + " ".join(modules))
@@ -433,7 +446,7 @@ def require_for_flow(config: Config, flow: str) -> None:
         raise ConfigError(*problems)
 
 
-# ---- Time: when a token dies ---------------------------------------------------------------------------------
+# ---- Time: when a token dies ---------------------------------------------------------------------
 
 
 def cutoff_after(moment: float) -> float:
@@ -471,7 +484,7 @@ def parse_created(value: object) -> float | None:
     return parse_time(value)
 
 
-# ---- The broker's HTTP API -----------------------------------------------------------------------------------
+# ---- The broker's HTTP API -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -508,14 +521,14 @@ def explain(answer: Answer) -> str:
         meaning, remedy = BROKER_ERRORS[code]
         return f"{meaning} ({code}). {remedy}"
     if code:
-        return f"the broker refused with {code}: {message.rstrip('.')}. Look the code up in its documentation."
+        return f"the broker refused with {code}: {message.rstrip('.')}. Its documentation explains the code."
     if answer.code == 429:
         return "the broker counts too many requests (HTTP 429). Wait a few minutes, then run again."
     problem = answer.error or (f"HTTP {answer.code}" if answer.code != 200 else "unexpected answer")
     return f"the broker gave no usable answer ({problem}). Look at status.upstox.com, then run again."
 
 
-def side_by_side(calls: Sequence[Callable[[], Any]], seconds: float, late: Any, grace: float = 0) -> list[Any]:
+def side_by_side(calls: Sequence[Callable[[], Any]], seconds: float, late: Any, grace: float = 0) -> list:
     """Results of the calls, each in a thread of its own; `late` for those not back after `seconds` overall.
 
     urllib's own timeout is per socket operation and never ends a dripping answer; a daemon thread that is
@@ -582,7 +595,8 @@ class Broker:
     def dialog_path(self, app: App, state: str) -> str:
         """Path and query of the authorize dialog."""
         return "/v2/login/authorization/dialog?" + urllib.parse.urlencode({
-            "response_type": "code", "client_id": app.client_id, "redirect_uri": app.redirect_uri, "state": state})
+            "response_type": "code", "client_id": app.client_id, "redirect_uri": app.redirect_uri,
+            "state": state})
 
     def preflight(self, app: App) -> Answer:
         """Ask for the authorize dialog without following it: costs no OTP, tells a wrong pair."""
@@ -602,14 +616,14 @@ class Broker:
                          Content_Type="application/json")
 
 
-# ---- Database: the source of truth, shared with a Java back end --------------------------------------------------
+# ---- Database: the source of truth, shared with a Java back end ----------------------------------
 
 DB_REMEDIES = (
     ("locked", "is locked by another program. Close what holds it, or try again in a minute."),
     ("not a database", "is not a SQLite database. Name the right file with --db."),
     ("malformed", "is damaged. Restore it from a backup, or rescue it with sqlite3's .recover."),
     ("readonly", "cannot be written. Give this user write permission on the file and on its folder."),
-    ("unable to open", "cannot be opened. Check that its folder exists and this user may read and write there."),
+    ("unable to open", "cannot be opened. Check that its folder exists and that this user may write there."),
     ("is full", "cannot grow: the disk is full. Free some space."),
     ("is a view", "has a view named upstox_tokens. A table is needed: rename the view or use another file."),
     ("no column named", "lacks a column of the guide's table upstox_tokens. Add it, or use another file."),
@@ -693,8 +707,8 @@ def create_database(path: Path) -> bool:
         if new:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     except OSError as error:
-        raise DatabaseError(f"The database {path} cannot be created: {error.strerror}. Name a file in a folder "
-                            "that exists and that this user may write with --db.") from None
+        raise DatabaseError(f"The database {path} cannot be created: {error.strerror}. With --db name a "
+                            "file in a folder that exists and that this user may write.") from None
     if not select(path, "SELECT 1 FROM sqlite_master WHERE name = 'upstox_tokens'"):
         with transaction(path, PROOF_SECONDS) as connection:
             connection.execute(TOKENS_DDL)
@@ -718,7 +732,7 @@ def upsert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
 
 
 def prove_writable(path: Path, apps: Iterable[App], now: float) -> None:
-    """The real DELETE and INSERT for each app, rolled back: no login for a database that refuses the token."""
+    """The real DELETE and INSERT for each app, rolled back: no login for a database that refuses tokens."""
     with transaction(path, PROOF_SECONDS) as connection:
         for app in apps:
             upsert(connection, token_row(app, "x" * 2000, now, now + 1))
@@ -748,8 +762,9 @@ def import_apps(path: Path, apps: Iterable[App], now: float) -> None:
             connection.execute("DELETE FROM upstox_api_configs WHERE api_index = ? OR api_name = ?",
                                (app.index, app.name))
             connection.execute(
-                "INSERT INTO upstox_api_configs (api_index, api_name, client_id, client_secret, redirect_uri, "
-                "is_primary, is_enabled, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, 1, ?, ?)",
+                "INSERT INTO upstox_api_configs (api_index, api_name, client_id, client_secret, "
+                "redirect_uri, is_primary, is_enabled, created_at, updated_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, 1, ?, ?)",
                 (app.index, app.name, app.client_id, app.client_secret, app.redirect_uri or None,
                  int(app.name == "PRIMARY"), int(now * 1000), int(now * 1000)))
 
@@ -762,16 +777,16 @@ def stored_apps(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"upstox_api_configs: no rows in {path}. Fill it with --import-config.")
     names = ("api_name", "client_id", "client_secret", "redirect_uri")
     return [{"index": index, "enabled": str(enabled).lower() in ("1", "true"),
-             **{name: str(value or "") for name, value in zip(names, values)}} for index, *values, enabled in rows]
+             **{name: str(value or "") for name, value in zip(names, values)}}
+            for index, *values, enabled in rows]
 
 
 def find_database(db: str | os.PathLike | None) -> Path:
     """--db, else an existing vega_trade.db here or beside the script, else one to be created here."""
-    here = Path.cwd()
-    return Path(db) if db else first_existing(DATABASE_NAME, here, Path(__file__).parent) or here / DATABASE_NAME
+    return Path(db) if db else first_existing(DATABASE_NAME) or here() / DATABASE_NAME
 
 
-# ---- Status of a token: time, then the broker's profile answer -----------------------------------------------------
+# ---- Status of a token: time, then the broker's profile answer -----------------------------------
 
 PLAIN_TOKEN = re.compile(r"[!-~]{1,8000}")
 
@@ -840,15 +855,16 @@ def access_token(api_name: str, db: str | os.PathLike | None = None) -> str:
     path, name = find_database(db), api_name.upper()
     token = read_tokens(path).get(name)
     if verdict := judge_stored(token, token and token.client_id, time.time()):
-        raise TokenError(f"{name} is {Status(name, *verdict).label} in {path}. Run upstox_tokens.py --mode INVALID_ONLY.")
+        raise TokenError(f"{name} is {Status(name, *verdict).label} in {path}. "
+                         "Run upstox_tokens.py --mode INVALID_ONLY.")
     return token.access_token
 
 
-# ---- One run at a time, and what protects the account ---------------------------------------------------------
+# ---- One run at a time, and what protects the account --------------------------------------------
 
 
 def lock_exclusively(handle: int) -> bool:
-    """Lock an open file; False when another process has it. The system drops the lock at the process's end."""
+    """Lock an open file; False when another process has it. The lock ends with its process."""
     try:
         import fcntl
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -865,11 +881,11 @@ def lock_exclusively(handle: int) -> bool:
 
 
 class AccountGuard:
-    """The run lock of one database and, in the same file, the memory that keeps the account from being locked.
+    """The run lock of one database and, in the same file, the memory that keeps the account safe.
 
     The broker locks an account after five wrong PINs. So each code and PIN is counted here before it is sent,
-    and the count is cleared when the broker took it; that outlives a killed process. The file holds no secret:
-    `fingerprint` is an HMAC of mobile number and PIN under the TOTP secret and changes with any of the three.
+    and the count is cleared when the broker took it; that outlives a killed process. The file holds no
+    secret: `fingerprint`, an HMAC of mobile number and PIN under the TOTP secret, changes with any of them.
     """
 
     CODES = 2  # a refused TOTP code is followed by one more, from the next window
@@ -886,11 +902,12 @@ class AccountGuard:
         try:
             self.handle = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:
-            raise DatabaseError(f"The lock file {self.path} cannot be opened: {error.strerror}. Give this user "
-                                "write permission on it and on its folder.") from None
+            raise DatabaseError(f"The lock file {self.path} cannot be opened: {error.strerror}. Give this "
+                                "user write permission on it and on its folder.") from None
         if not lock_exclusively(self.handle):
             self.release()
-            raise BusyError("Another run is busy generating tokens for this database. Try again when it has ended.")
+            raise BusyError("Another run is busy generating tokens for this database. "
+                            "Try again when it has ended.")
         self.load()
 
     def release(self) -> None:
@@ -905,7 +922,8 @@ class AccountGuard:
         with contextlib.suppress(OSError):
             state = json_object(self.path.read_bytes())
         same = state.get("fingerprint") == self.fingerprint
-        self.state = {**(state if same else {}), "window": state.get("window"), "fingerprint": self.fingerprint}
+        self.state = {**(state if same else {}), "window": state.get("window"),
+                      "fingerprint": self.fingerprint}
 
     def save(self, **changes: Any) -> None:
         """Write through to the disk, in one write, before what is noted happens."""
@@ -915,7 +933,7 @@ class AccountGuard:
         os.fsync(self.handle)
 
     def count(self, key: str) -> int:
-        """A number of the memory: codes and pins sent since the broker last took one, or the last code's window."""
+        """A number: codes or pins sent since the broker last took one, or the window of the last code."""
         value = self.state.get(key)
         return value if isinstance(value, int) else 0
 
@@ -923,10 +941,10 @@ class AccountGuard:
         """Why an unattended run must not log in, or an empty text."""
         if self.state.get("hold"):
             return printable(self.state["hold"], 300)
-        if self.count("pins") > bool(self.state.get("proven")):  # a PIN that once was right may be sent once more
-            return "an earlier run ended before the broker answered to the PIN"
+        if self.count("pins") > bool(self.state.get("proven")):  # one that was right before has one more try
+            return "the broker did not answer to the last PIN that was sent"
         if self.count("codes") >= self.CODES:
-            return "an earlier run ended before the broker answered to the TOTP code"
+            return "the broker did not take the last two TOTP codes that were sent"
         return ""
 
 
@@ -937,10 +955,11 @@ def totp_wait(now: float, last_window: int) -> float:
     return 0.0 if window > used and left >= TOTP_MARGIN else (window + 1) * TOTP_WINDOW - now
 
 
-# ---- The browser -------------------------------------------------------------------------------------------------
+# ---- The browser ---------------------------------------------------------------------------------
 
 # the login page's only stable names (facts/login-page.md): step -> (field id, button id)
-STEPS = {"pin": ("pinCode", "pinContinueBtn"), "otp": ("otpNum", "continueBtn"), "mobile": ("mobileNum", "getOtp")}
+STEPS = {"pin": ("pinCode", "pinContinueBtn"), "otp": ("otpNum", "continueBtn"),
+         "mobile": ("mobileNum", "getOtp")}
 CAPTCHA = 'iframe[src*="challenges.cloudflare.com"], .cf-turnstile'
 LOOK = """
 const [ids, captcha] = arguments, items = {};
@@ -952,8 +971,8 @@ for (const id of ids) {
 return {items, path: location.pathname, captcha: !!document.querySelector(captcha),
         text: (document.body ? document.body.innerText : '').slice(0, 20000)};
 """
-# one step inside the page, so that no re-rendering comes between finding and clicking; a button that something
-# covers (a spinner) has to wait, as it would for a person
+# one step inside the page, so that no re-rendering comes between finding and clicking; a button that
+# something covers (a spinner) has to wait, as it would for a person
 PRESS = """
 const e = document.getElementById(arguments[0]);
 if (!e || e.disabled || !e.getClientRects().length) return false;
@@ -969,8 +988,8 @@ const walk = document.createTreeWalker(document.documentElement, NodeFilter.SHOW
 while (walk.nextNode()) for (const secret of arguments[0])
   walk.currentNode.data = walk.currentNode.data.replaceAll(secret, '***');
 """
-# a small process that holds the driver in a process group of its own, and ends it with all its browsers when our
-# end of the pipe closes: at the end of a run, and just as well when this program was killed
+# a small process that holds the driver in a process group of its own, and ends it with all its browsers when
+# our end of the pipe closes: at the end of a run, and just as well when this program was killed
 KEEPER = """
 import os, shutil, signal, subprocess, sys, time
 os.mkdir(sys.argv[1], 0o700)
@@ -987,7 +1006,7 @@ for _ in range(50):
         break
     time.sleep(0.1)
 """
-INSTALL_BROWSER = "Install a browser and its driver (Debian: apt install chromium chromium-driver), then run --check."
+INSTALL_BROWSER = "Install both (Debian: apt install chromium chromium-driver), then run --check."
 
 
 @dataclass(frozen=True)
@@ -1032,7 +1051,7 @@ def same_place(url: str, other: str) -> bool:
 
 
 def resolver_rules(redirect_uris: Iterable[str]) -> str:
-    """Make the redirect's host unknown to the browser: the code stays in the address bar, nobody receives it."""
+    """Make the redirect's host unknown to the browser: the code stays in its address bar, unsent."""
     rules = set()
     for parts in map(urllib.parse.urlsplit, redirect_uris):
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
@@ -1043,7 +1062,7 @@ def resolver_rules(redirect_uris: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def browser_faults() -> Iterator[None]:
-    """Turn whatever Selenium or its HTTP client raise into a PageFault: their texts may quote what was typed."""
+    """Turn what Selenium and its HTTP client raise into PageFault: their texts may quote what was typed."""
     import urllib3.exceptions
     from selenium.common.exceptions import WebDriverException
     try:
@@ -1089,13 +1108,15 @@ class Browser:
                 self.driver = webdriver.Remote(address, options=options, client_config=config)
             except WebDriverException as error:
                 said = printable(str(error.msg).partition("\n")[0], 200)
-                raise LoginFailed(f"the browser did not start ({said}). {INSTALL_BROWSER}", stops_run=True) from None
+                raise LoginFailed(f"the browser did not start ({said}). {INSTALL_BROWSER}",
+                                  stops_run=True) from None
             self.driver.set_page_load_timeout(PAGE_SECONDS)
 
     def arguments(self, profile: str) -> list[str]:
         """Chromium's switches. None hides that the browser is automated."""
-        arguments = [f"--user-data-dir={profile}", "--window-size=1280,900", "--no-first-run", "--disable-sync",
-                     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
+        arguments = [f"--user-data-dir={profile}", "--window-size=1280,900", "--no-first-run",
+                     "--disable-sync", "--disable-background-networking", "--disable-component-update",
+                     "--disable-dev-shm-usage"]
         if rules := resolver_rules(self.redirect_uris):
             arguments.append(f"--host-resolver-rules={rules}")
         if not self.headed:
@@ -1106,9 +1127,11 @@ class Browser:
 
     def child_environ(self, profile: str) -> dict[str, str]:
         """The environment of driver and browser: no secret of ours, no proxy for the redirect's host."""
-        environ = {key: value for key, value in self.environ.items() if not key.startswith(("UPSTOX_", "SE_"))}
+        environ = {key: value for key, value in self.environ.items()
+                   if not key.startswith(("UPSTOX_", "SE_"))}
         hosts = [urllib.parse.urlsplit(uri).hostname or "" for uri in self.redirect_uris]
-        environ |= {key: ",".join(filter(None, [environ.get(key), *hosts])) for key in ("no_proxy", "NO_PROXY")}
+        for key in ("no_proxy", "NO_PROXY"):
+            environ[key] = ",".join(filter(None, [environ.get(key), *hosts]))
         # what Chromium leaves in the temporary folder goes with the profile
         return {**environ, "TMPDIR": profile} if sys.platform == "linux" else environ
 
@@ -1134,15 +1157,17 @@ class Browser:
         ids = [name for pair in STEPS.values() for name in pair]
         with browser_faults():
             url = self.driver.current_url
+            if self.arrived(url):
+                return View(url)
             try:
-                return View(url) if self.arrived(url) else View(url, **self.driver.execute_script(LOOK, ids, CAPTCHA))
+                return View(url, **self.driver.execute_script(LOOK, ids, CAPTCHA))
             except WebDriverException as error:
                 if re.search("session|crash|disconnected|not reachable|no such window", str(error.msg)):
                     raise
                 return View(url)
 
     def wait(self, until: Callable[[View], object], seconds: float) -> View | None:
-        """Look until the condition holds; None when it does not in time. Looks get rarer as it takes longer."""
+        """Look until the condition holds, less and less often; None when it does not in time."""
         start = time.monotonic()
         while not until(view := self.look()):
             spent = time.monotonic() - start
@@ -1152,7 +1177,7 @@ class Browser:
         return view
 
     def type(self, step: str, text: str) -> None:
-        """Type over whatever the step's field holds. A field that vanished or changed meanwhile is no error."""
+        """Type over what the step's field holds. A field that has just vanished or changed is no error."""
         from selenium.common import exceptions as problems
         from selenium.webdriver.common.keys import Keys
         select_all = (Keys.COMMAND if sys.platform == "darwin" else Keys.CONTROL) + "a" + Keys.NULL
@@ -1207,18 +1232,19 @@ def driver_address(output: Any) -> str:
     return ""
 
 
-# ---- The login page, step by step ------------------------------------------------------------------------------
+# ---- The login page, step by step ----------------------------------------------------------------
 
-LOCKED = LoginFailed("the account is locked after too many wrong PINs. Unlock it in the Upstox app (PAN and OTP), then "
-                     "start the menu.", stops_run=True, operator=True, hold=True)
-OTP_BLOCKED = LoginFailed("the broker blocked OTP entry for a while. Wait 10 minutes, then run again.", stops_run=True)
+LOCKED = LoginFailed("the account is locked after too many wrong PINs. Unlock it in the Upstox app (PAN and "
+                     "OTP), then start the menu.", stops_run=True, operator=True, hold=True)
+OTP_BLOCKED = LoginFailed("the broker blocked OTP entry for a while. Wait 10 minutes, then run again.",
+                          stops_run=True)
 SESSION_LOST = LoginFailed("the broker ended the login session. Run again.")
 CONNECTION_LOST = LoginFailed("the login page lost its connection to the broker. Run again.")
 PAGE_CODES = {  # what the page's error codes mean (facts/upstox-api.md 2)
     "1017016": LoginFailed("the broker does not know the mobile number. Correct UPSTOX_MOBILE_NUMBER.",
                            stops_run=True, operator=True),
-    "1017074": LoginFailed("several accounts are linked to the mobile number. Ask the broker to separate them, or use "
-                           "--flow V3.", stops_run=True, operator=True),
+    "1017074": LoginFailed("several accounts are linked to the mobile number. Ask the broker to separate "
+                           "them, or use --flow V3.", stops_run=True, operator=True),
     "1017069": LoginFailed("the broker's limit of OTP requests is reached. Wait 10 minutes, then run again.",
                            stops_run=True),
     "1017076": LoginFailed("the broker's OTP session expired. Run again."),
@@ -1227,15 +1253,16 @@ PAGE_CODES = {  # what the page's error codes mean (facts/upstox-api.md 2)
     **dict.fromkeys(("1017007", "1017079", "1017084", "1017095", "1017105"), SESSION_LOST)}
 PAGE_TEXTS = {  # alerts and pages that carry no code: pattern in the text or the path
     r"account has been locked|^/unlock-account": LOCKED,
-    r"create a new (6-digit )?pin": LoginFailed("the page asks to create a new PIN, which this program never does. Set "
-                                                "the PIN in the Upstox app, then run again."),
-    r"reactivate your account|^/reactivate-account": LoginFailed("the account is dormant. Reactivate it in the Upstox "
-                                                                 "app, then run again."),
+    r"create a new (6-digit )?pin": LoginFailed(
+        "the page asks to create a new PIN, which this program never does. Set the PIN in the Upstox app, "
+        "then run again."),
+    r"reactivate your account|^/reactivate-account": LoginFailed(
+        "the account is dormant. Reactivate it in the Upstox app, then run again."),
     r"^something went wrong": LoginFailed("the login page says that something went wrong. Run again.")}
 REFUSED = {  # any other code right after an entry
     "mobile": ("the broker did not accept the mobile number ({}). Check UPSTOX_MOBILE_NUMBER.", False),
-    "otp": ("the broker refused the TOTP code ({}). Check UPSTOX_TOTP and this machine's clock, then start the menu.",
-            True),
+    "otp": ("the broker refused the TOTP code ({}). Check UPSTOX_TOTP and this machine's clock, then start "
+            "the menu.", True),
     "pin": ("the broker refused the PIN ({}). Correct UPSTOX_PIN: five wrong PINs lock the account.", True)}
 
 
@@ -1245,7 +1272,8 @@ def page_complaint(view: View, step: str) -> LoginFailed | None:
         if re.search(pattern, view.text, re.I | re.M) or re.search(pattern, view.path):
             return failure
     if dialog := re.search(r"UDAPI\d+", view.text):
-        meaning, remedy = BROKER_ERRORS.get(dialog[0], ("the authorize dialog answered with an error", "Run again."))
+        unknown = ("the authorize dialog answered with an error", "Run again.")
+        meaning, remedy = BROKER_ERRORS.get(dialog[0], unknown)
         return LoginFailed(f"{meaning} ({dialog[0]}). {remedy}")
     disabled = step == "otp" and not view.items.get("otpNum", {"enabled": True})["enabled"]
     if disabled and re.search(r"too many|exceeded|blocked|try again (after|in)", view.text, re.I):
@@ -1261,8 +1289,8 @@ def authorization_code(url: str, state: str) -> str:
     """The code in the redirect's address, if the state is the one this login sent."""
     query = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
     if query.get("state") != [state]:
-        raise LoginFailed("the redirect came back with another state than this login sent, so its code was not used. "
-                          "Run again; if it stays so, someone interferes with the connection.")
+        raise LoginFailed("the redirect came back with another state than this login sent, so its code was "
+                          "not used. Run again; if it stays so, someone interferes with the connection.")
     if not query.get("code"):
         raise LoginFailed("the redirect came back without an authorization code. Run again.")
     return query["code"][0]
@@ -1298,8 +1326,8 @@ class Login:
         if view is None and not self.typed:
             raise PageFault("the page stayed blank")
         if view is None:
-            raise LoginFailed(f"the login page did not go on within {seconds} s. Run again; if it stays so, look at it "
-                              "with --headed.")
+            raise LoginFailed(f"the login page did not go on within {seconds} s. Run again; if it stays so, "
+                              "look at it with --headed.")
         if complaint := page_complaint(view, step):
             raise copy.copy(complaint)
         if view.step == "mobile" and self.under_way:
@@ -1334,7 +1362,8 @@ class Login:
         self.fill("mobile", self.run.config.mobile)
         view = self.browser.wait(lambda v: v.ready("mobile") or v.captcha, PAGE_SECONDS)
         if not view:
-            raise LoginFailed("the Get OTP button stayed disabled. Run again; if it stays so, look at it with --headed.")
+            raise LoginFailed("the Get OTP button stayed disabled. Run again; if it stays so, look at it "
+                              "with --headed.")
         if not view.ready("mobile"):
             self.wait_for_captcha()
         self.under_way = True
@@ -1352,14 +1381,16 @@ class Login:
         passed = self.browser.wait(lambda v: v.ready("mobile") or v.step != "mobile", seconds)
         self.run.reporter.operator(self.app.name, "")
         if not passed:
-            raise LoginFailed("nobody solved the CAPTCHA in time. Run again when an operator is there." if
-                              self.browser.headed else "the login page shows a CAPTCHA, which only a person may solve. "
-                              "Run with --headed on a machine with a display, or use --flow V3.",
-                              stops_run=True, operator=True, captcha=True)
+            text = "nobody solved the CAPTCHA in time. Run again when an operator is there."
+            if not self.browser.headed:
+                text = ("the login page shows a CAPTCHA, which only a person may solve. Run with --headed on "
+                        "a machine with a display, or use --flow V3.")
+            raise LoginFailed(text, stops_run=True, operator=True, captcha=True)
 
     def enter_totp(self) -> View:
         """A code that was never sent before; if it is refused, one more from the next window."""
         while True:
+            self.check_hold()
             self.fill("otp", self.fresh_code())
             self.submit("otp")
             self.say("TOTP code sent")
@@ -1374,6 +1405,11 @@ class Login:
             self.guard.save(codes=0)
             return view
 
+    def check_hold(self) -> None:
+        """What an earlier app of this run left unanswered must not be sent again."""
+        if hold := self.guard.hold():
+            raise LoginFailed(f"{hold}. Find out why, then start the menu.", stops_run=True, operator=True)
+
     def fresh_code(self) -> str:
         """Wait for a window whose code was never sent, note it as sent, and give the code."""
         import pyotp
@@ -1386,6 +1422,7 @@ class Login:
 
     def enter_pin(self) -> View:
         """The PIN, once. It is noted before it is typed, so that even a killed run is remembered."""
+        self.check_hold()
         self.guard.save(pins=self.guard.count("pins") + 1)
         self.fill("pin", self.run.config.pin)
         self.under_way |= self.submit("pin")
@@ -1394,11 +1431,14 @@ class Login:
         if view.step and self.under_way:
             raise copy.copy(SESSION_LOST)
         # a stale session goes back to the first step by itself, before the PIN went out
-        self.guard.save(**({"pins": self.guard.count("pins") - 1} if view.step else {"pins": 0, "proven": True}))
+        if view.step:
+            self.guard.save(pins=self.guard.count("pins") - 1)
+        else:
+            self.guard.save(pins=0, proven=True)
         return view
 
 
-# ---- A generating run --------------------------------------------------------------------------------------------
+# ---- A generating run ----------------------------------------------------------------------------
 
 
 class Reporter:
@@ -1441,7 +1481,7 @@ class Run:
     wait_seconds: float = 900
     go_ahead: Callable[[str], bool] | None = None  # asks the operator about a hold; None when unattended
     stopping: Callable[[], bool] = lambda: False
-    listener: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # for deliveries, flow V3
+    listener: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # for flow V3
     now: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
@@ -1534,7 +1574,8 @@ class Session:
                 if create_database(run.path):
                     run.reporter.step("", f"created the database {run.path.resolve()}")
                 prove_writable(run.path, self.chosen, run.now())
-                deactivate(run.path, [status.token for status in self.statuses if status.reason == "401"], run.now())
+                refused = [status.token for status in self.statuses if status.reason == "401"]
+                deactivate(run.path, refused, run.now())
         except BaseException:
             self.guard.release()
             raise
@@ -1586,8 +1627,8 @@ def hold_reason(run: Run, guard: AccountGuard) -> str:
     if hold and run.go_ahead and run.go_ahead(hold):
         guard.save(hold="", pins=0, codes=0)
         return ""
-    return hold and (f"{hold.rstrip('.')}. No unattended login until PIN, TOTP secret or mobile number in the "
-                     "configuration changes, or an operator goes ahead from the menu.")
+    return hold and (f"{hold.rstrip('.')}. No unattended login until PIN, TOTP secret or mobile number in "
+                     "the configuration changes, or an operator goes ahead from the menu.")
 
 
 def preflight(run: Run, apps: Sequence[App]) -> tuple[str, dict[str, str]]:
@@ -1602,7 +1643,8 @@ def ask_dialogs(broker: Broker, apps: Sequence[App], now: Callable[[], float]) -
     """Each app's pre-flight answer, and when it came."""
     def ask(app: App) -> tuple[Answer, float]:
         return broker.preflight(app), now()
-    return side_by_side([lambda app=app: ask(app) for app in apps], PROFILE_SECONDS, (Answer(error="timeout"), now()))
+    late = (Answer(error="timeout"), now())
+    return side_by_side([lambda app=app: ask(app) for app in apps], PROFILE_SECONDS, late)
 
 
 def clock_problem(answers: Iterable[tuple[Answer, float]]) -> str:
@@ -1614,8 +1656,9 @@ def clock_problem(answers: Iterable[tuple[Answer, float]]) -> str:
     offset = min(offsets, key=abs, default=0)
     if abs(offset) <= CLOCK_SECONDS:
         return ""
-    return (f"this machine's clock is {abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'} the broker's, so "
-            "its TOTP codes would be refused. Set the clock (timedatectl set-ntp true), then run again.")
+    place = "ahead of" if offset > 0 else "behind"
+    return (f"this machine's clock is {abs(offset):.0f} s {place} the broker's, so its TOTP codes would be "
+            "refused. Set the clock (timedatectl set-ntp true), then run again.")
 
 
 def generate_one(run: Run, app: App, guard: AccountGuard, browser: Browser) -> Status:
@@ -1623,8 +1666,8 @@ def generate_one(run: Run, app: App, guard: AccountGuard, browser: Browser) -> S
     code = log_in(run, app, guard, browser)
     run.hidden.add(code)
     late = LoginFailed("the token exchange did not end in time. Run again.")
-    stored = side_by_side([lambda: exchange_and_store(run, app, code)], EXCHANGE_SECONDS + STORE_SECONDS + 30, late,
-                          grace=3)[0]
+    seconds = EXCHANGE_SECONDS + STORE_SECONDS + 30
+    stored = side_by_side([lambda: exchange_and_store(run, app, code)], seconds, late, grace=3)[0]
     if isinstance(stored, LoginFailed):
         raise stored
     run.reporter.step(app.name, "token stored")
@@ -1644,8 +1687,8 @@ def log_in(run: Run, app: App, guard: AccountGuard, browser: Browser) -> str:
             keep_evidence(run, app, browser)
             browser.close()
             if login.typed or attempt == 2:
-                raise LoginFailed(f"the login page or the browser failed ({fault}). Run again; if it stays so, look at "
-                                  "the page with --headed.") from None
+                raise LoginFailed(f"the login page or the browser failed ({fault}). Run again; if it stays "
+                                  "so, look at the page with --headed.") from None
             login.say(f"{fault}; trying once more with a fresh browser")
     raise AssertionError("unreachable")
 
@@ -1692,7 +1735,8 @@ def store(run: Run, row: Mapping[str, Any]) -> None:
 def verify(run: Run, token: Token) -> Status:
     """The new token's proof; one that the broker refuses is deactivated."""
     ask = [lambda: run.broker.profile(token.access_token)]
-    status = Status(token.api_name, *judge_profile(side_by_side(ask, PROFILE_SECONDS, Answer(error="timeout"))[0]), token)
+    answer = side_by_side(ask, PROFILE_SECONDS, Answer(error="timeout"))[0]
+    status = Status(token.api_name, *judge_profile(answer), token)
     run.reporter.step(token.api_name, status.label)
     if status.reason == "401":
         with contextlib.suppress(DatabaseError):
@@ -1700,7 +1744,7 @@ def verify(run: Run, token: Token) -> Status:
     return status
 
 
-# ---- Flow V3: approval on the phone ------------------------------------------------------------------------------
+# ---- Flow V3: approval on the phone --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1723,18 +1767,20 @@ def parse_delivery(body: bytes, config: Config, now: float) -> Delivery | None:
     client_id, user_id, token, token_type, expires_at, issued_at, message_type = values
     app = next((app for app in config.apps if app.client_id == client_id), None)
     times = re.fullmatch(r"[0-9]{13}", expires_at) and re.fullmatch(r"[0-9]{13}", issued_at)
-    if not (app and times and (token_type, message_type) == ("Bearer", "access_token") and len(user_id) <= 40):
+    kind = (token_type, message_type)
+    if not (app and times and kind == ("Bearer", "access_token") and len(user_id) <= 40):
         return None
     valid_until = int(expires_at) / 1000
     return Delivery(app, user_id, token, valid_until) if now < valid_until < now + 2 * 86400 else None
 
 
 def approvable_until(connection: sqlite3.Connection, api_name: str) -> float:
-    """Until when (epoch seconds) a request of ours for this app may be approved; 0 when none is outstanding."""
+    """Until when (epoch seconds) a request of ours for this app may be approved; 0 when there is none."""
     row = connection.execute(
         "SELECT outcome, reason FROM upstox_token_audit WHERE api_name = ? AND flow = 'V3' AND outcome IN "
         "('REQUESTED', 'REFUSED', 'GENERATED') ORDER BY id DESC LIMIT 1", (api_name,)).fetchone()
-    return parse_time(row[1].removeprefix("until ")) or 0.0 if row and row[0] == "REQUESTED" else 0.0
+    asked = row is not None and row[0] == "REQUESTED"
+    return parse_time(str(row[1]).removeprefix("until ")) or 0.0 if asked else 0.0
 
 
 def account_owner(connection: sqlite3.Connection) -> str:
@@ -1747,8 +1793,8 @@ def account_owner(connection: sqlite3.Connection) -> str:
 class Webhook:
     """Takes deliveries in at once, and proves and stores them in a thread of its own, the newest first.
 
-    Anyone may post here, so nothing is believed: the app must have a request outstanding, and the token must give
-    a profile of the same user. What cannot be proven now is kept and tried again until the request ends.
+    Anyone may post here, so nothing is believed: the app must have a request outstanding, and the token must
+    give a profile of the same user. What cannot be proven now is kept and tried again until the request ends.
     """
 
     KEPT, PAUSE, RETRY = 16, 0.1, 5.0  # deliveries kept per app; seconds between proofs, and to another try
@@ -1799,7 +1845,7 @@ class Webhook:
         return True
 
     def expected(self, delivery: Delivery, store: bool = False) -> bool:
-        """Whether a request is outstanding for the app and the user is this database's; then store, on demand."""
+        """Whether a request is outstanding for the app and the user is this database's; stores on demand."""
         now, name = self.now(), delivery.app.name
         with transaction(self.path) as connection:
             connection.execute(AUDIT_DDL)
@@ -1807,8 +1853,8 @@ class Webhook:
                     and account_owner(connection) in ("", delivery.user_id))
             if fits and store:
                 upsert(connection, token_row(delivery.app, delivery.access_token, now, delivery.valid_until))
-                add_audit(connection, int(now * 1000), secrets.token_hex(8), name, "WEBHOOK", "V3", "GENERATED",
-                          f"user {delivery.user_id}")
+                add_audit(connection, int(now * 1000), secrets.token_hex(8), name, "WEBHOOK", "V3",
+                          "GENERATED", f"user {delivery.user_id}")
             return fits
 
 
@@ -1823,8 +1869,8 @@ def generate_by_phone(run: Run, apps: Sequence[App]) -> None:
     with run.listener():
         for app in apps:  # noted first: a delivery may come before the broker's answer does
             run.audit(app.name, "REQUESTED", until_text(cutoff_after(run.now())))
-        answers = side_by_side([lambda app=app: run.broker.request_token(app) for app in apps], PROFILE_SECONDS,
-                               Answer(error="timeout"))
+        calls = [lambda app=app: run.broker.request_token(app) for app in apps]
+        answers = side_by_side(calls, PROFILE_SECONDS, Answer(error="timeout"))
         ends: dict[App, float] = {}
         for app, answer in zip(apps, answers):
             try:
@@ -1845,8 +1891,9 @@ def approval_end(run: Run, app: App, answer: Answer) -> float:
     if answer.code != 200 or not isinstance(expiry, str) or not re.fullmatch("[0-9]{13}", expiry):
         raise LoginFailed(f"no approval could be asked for: {explain(answer)}")
     if data.get("notifier_url") != run.config.notifier:
-        run.reporter.step(app.name, f"warning: the broker will deliver to {printable(data.get('notifier_url'), 200)}, "
-                          f"not to UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them, here or on {APP_PAGE}")
+        address = printable(data.get("notifier_url"), 200)
+        run.reporter.step(app.name, f"warning: the broker will deliver to {address}, not to "
+                          f"UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them, here or on {APP_PAGE}")
     end = int(expiry) / 1000
     until = local_text(min(end, run.now() + run.wait_seconds))[11:16]
     run.reporter.step(app.name, f"waiting for approval on the phone until {until}")
@@ -1871,15 +1918,25 @@ def await_deliveries(run: Run, before: Mapping[str, Token], ends: dict[App, floa
                 run.settle(app, Outcome("DONE", "", verify(run, rows[app.name])))
             elif run.now() >= min(ends[app], give_up):
                 del ends[app]
-                run.settle(app, Outcome("FAILED", "not approved in time. Approve it on the phone while --serve runs, "
-                                        "or run again."))
+                run.settle(app, Outcome("FAILED", "not approved in time. Approve it on the phone while "
+                                        "--serve runs, or run again."))
         if ends:
             left = max(0.0, min(*ends.values(), give_up) - run.now())
             run.reporter.countdown("", f"waiting for approval on the phone ({len(ends)} left)", left)
             run.sleep(min(1.0, left))
 
 
-# ---- Telling the operator, and asking --------------------------------------------------------------------------
+# ---- Telling the operator, and asking ------------------------------------------------------------
+
+
+def write(stream: TextIO, text: str) -> None:
+    """Write at once; a reader that went away (`| head`) or a full disk must not stop a run."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # or the interpreter complains again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Console(Reporter):
@@ -1897,12 +1954,11 @@ class Console(Reporter):
 
     def say(self, *lines: str) -> None:
         """Lines of the result."""
-        for line in lines:
-            print(line, file=self.out)
+        write(self.out, "".join(f"{line}\n" for line in lines))
 
     def log(self, text: str) -> None:
         """A line of progress or an error."""
-        print(("\n" if self.counting else "") + redact(text, self.hidden), file=self.err, flush=True)
+        write(self.err, ("\n" if self.counting else "") + redact(text, self.hidden) + "\n")
         self.counting = False
 
     def step(self, api_name: str, text: str) -> None:
@@ -1912,7 +1968,7 @@ class Console(Reporter):
     def countdown(self, api_name: str, text: str, left: float) -> None:
         line = f"{self.places.get(api_name, '')}{text} in {left:.0f} s"
         if not self.quiet and self.err.isatty():
-            print(f"\r\033[K{line}", file=self.err, end="", flush=True)
+            write(self.err, f"\r\033[K{line}")
             self.counting = True
         elif not self.quiet and self.last_count != (api_name, text):
             self.log(line)
@@ -1954,12 +2010,12 @@ def status_json(statuses: Sequence[Status], now: float) -> dict[str, Any]:
     return {"valid": names("VALID"), "invalid": names("INVALID", "EXPIRED"), "missing": names("NOT FOUND"),
             "unknown": names("UNKNOWN"), "checkedAt": local_text(now),
             "tokens": [{"apiName": status.api_name, "status": status.word, "reason": status.reason,
-                        "validityAt": stored(status, "validity_at"), "generatedAt": stored(status, "generated_at")}
-                       for status in statuses]}
+                        "validityAt": stored(status, "validity_at"),
+                        "generatedAt": stored(status, "generated_at")} for status in statuses]}
 
 
 def parse_names(text: str, configured: Sequence[str], *, numbers: bool = False) -> list[str]:
-    """API names from a comma separated text, in any case, doubles once; ValueError names the first bad one."""
+    """API names from a comma separated text, any case, doubles once; ValueError names the first bad one."""
     names: list[str] = []
     for part in filter(None, (piece.strip().upper() for piece in text.split(","))):
         if numbers and re.fullmatch("[1-9]", part) and int(part) <= len(configured):
@@ -1995,7 +2051,7 @@ def has_display(environ: Mapping[str, str]) -> bool:
     return sys.platform != "linux" or bool(environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY"))
 
 
-# ---- Commands ----------------------------------------------------------------------------------------------------
+# ---- Commands ------------------------------------------------------------------------------------
 
 
 class Command:
@@ -2017,12 +2073,16 @@ class Command:
                    "hidden": self.console.hidden}
         return Run(self.config, self.path, self.broker, reporter, source, **{**options, **changes})
 
-    def check_tokens(self) -> list[Status]:
-        """Every app's status now; rows that are none of ours are named."""
+    def name_strangers(self) -> None:
+        """One line for rows that are none of ours."""
         foreign = sorted(set(read_tokens(self.path)) - set(API_NAMES))
         if foreign and not self.args.quiet:
             self.console.log("Rows of unknown names are left untouched: "
                              + ", ".join(printable(name, 40) for name in foreign))
+
+    def check_tokens(self) -> list[Status]:
+        """Every app's status now."""
+        self.name_strangers()
         return check_tokens(self.config, self.path, self.broker, self.now())
 
     def say_summary(self, statuses: Sequence[Status]) -> None:
@@ -2037,7 +2097,8 @@ class Command:
         self.console.begin([app.name for app in session.chosen])
         unknown = [status.api_name for status in session.statuses if status.word == "UNKNOWN"]
         if mode == "INVALID_ONLY" and unknown:
-            self.console.log(f"Not generated, since the broker could not be asked about them: {', '.join(unknown)}")
+            self.console.log("Not generated, since the broker could not be asked about them: "
+                             + ", ".join(unknown))
         return session.finish()
 
     def say_result(self, result: Result) -> None:
@@ -2061,6 +2122,7 @@ class Command:
             named = parse_names(self.args.apis, self.names) if self.args.mode == "PARTIAL" else []
         except ValueError as error:
             raise ConfigError(f"--apis: {error}") from None
+        self.name_strangers()
         result = self.generate("CLI", self.args.mode, named)
         if self.args.json:
             outcomes = [{"apiName": name, "state": outcome.state, "message": outcome.message}
@@ -2111,7 +2173,8 @@ class Command:
         silent = all(answer.error for answer, _ in answers)
         checks = {"configuration": "", "env file": "", "database": self.database_problem(),
                   "browser": self.browser_problem(), "broker": explain(answers[0][0]) if silent else "",
-                  "clock": "unknown, the broker did not answer" if silent else clock_problem(answers), "hold": hold}
+                  "clock": "unknown, since the broker did not answer" if silent else clock_problem(answers),
+                  "hold": hold}
         checks |= {app.name: "" if 300 <= answer.code < 400 else explain(answer)
                    for app, (answer, _) in zip(self.config.apps, answers)}
         for name, problem in checks.items():
@@ -2140,6 +2203,8 @@ class Command:
                 return ""
             except (LoginFailed, PageFault) as error:
                 return str(error)
+            except ImportError:
+                return f"selenium is missing. Run: {sys.executable} -m pip install selenium pyotp"
 
     def serve(self) -> int:
         """--serve: until Ctrl-C or SIGTERM."""
@@ -2153,7 +2218,8 @@ class Command:
         """Listen for deliveries while a flow V3 run waits, unless something already does."""
         with contextlib.closing(Service(self)) as service, contextlib.ExitStack() as stack:
             try:
-                server = stack.enter_context(Server(self.args.serve or SERVE_ADDRESS, service, webhook_only=True))
+                server = Server(self.args.serve or SERVE_ADDRESS, service, webhook_only=True)
+                stack.enter_context(server)
             except ConfigError as error:
                 self.console.log(f"Deliveries must come through a server that already runs: {error}")
             else:
@@ -2162,7 +2228,7 @@ class Command:
             yield
 
 
-# ---- HTTP API and dashboard --------------------------------------------------------------------------------------
+# ---- HTTP API and dashboard ----------------------------------------------------------------------
 
 
 class Job(Reporter):
@@ -2180,7 +2246,8 @@ class Job(Reporter):
         self.step(api_name, f"{text} in {left:.0f} s")
 
     def operator(self, api_name: str, text: str) -> None:
-        self.state, self.message = ("WAITING_FOR_OPERATOR", f"{api_name}: {text}") if text else ("RUNNING", "")
+        self.state = "WAITING_FOR_OPERATOR" if text else "RUNNING"
+        self.message = f"{api_name}: {text}" if text else ""
 
     def result(self, api_name: str, outcome: Outcome) -> None:
         self.results[api_name] = (outcome.state, outcome.message or outcome.status.label)
@@ -2229,7 +2296,7 @@ class Service:
             return checked[1]
 
     def generate(self, body: Any) -> Job:
-        """Start a run in a thread of its own; raises when another one is busy or the request makes no sense."""
+        """Start a run in a thread of its own; raises when another is busy or the request makes no sense."""
         mode, names, flow = self.read_request(body)
         require_for_flow(self.config, flow)
         run = self.command.new_run("REST", Reporter(), flow=flow, stopping=lambda: self.stopping)
@@ -2244,7 +2311,8 @@ class Service:
     def read_request(self, body: Any) -> tuple[str, list[str], str]:
         """(mode, names, flow) of a generate request, or HttpError 400."""
         body = body if isinstance(body, dict) else {}
-        mode, names, flow = body.get("mode"), body.get("apiNames", []), body.get("flow", self.command.args.flow)
+        mode, names = body.get("mode"), body.get("apiNames", [])
+        flow = body.get("flow", self.command.args.flow)
         if mode not in MODES:
             raise HttpError(400, f"mode must be one of {', '.join(MODES)}")
         if flow not in FLOWS:
@@ -2724,7 +2792,8 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().__init__((self.host, int(match[2])), Handler)
         except (OSError, UnicodeError) as error:
-            raise ConfigError(f"--serve: cannot listen on {address}: {getattr(error, 'strerror', None) or error}. "
+            reason = getattr(error, "strerror", None) or "not an address"
+            raise ConfigError(f"--serve: cannot listen on {address}: {reason}. "
                               "Choose another port, or end what uses it.") from None
         self.url = f"http://{address.rpartition(':')[0]}:{self.server_address[1]}/"
 
@@ -2765,7 +2834,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """One request, whatever the method."""
         self.cors: dict[str, str] = {}
         try:
-            self.dispatch(self.requestline.split(" ")[1].partition("?")[0])
+            self.dispatch(self.requestline.split()[1].partition("?")[0])
         except HttpError as error:
             self.answer(error.code, {"error": str(error)}, error.headers)
         except TokenError as error:
@@ -2795,9 +2864,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         method, name, match = found
         self.check_origin()
         if self.command == "OPTIONS" and self.cors:
-            return self.answer(204, None, {"Access-Control-Allow-Methods": method, "Access-Control-Max-Age": "600",
-                                           "Access-Control-Allow-Headers": "Authorization, Content-Type",
-                                           "Access-Control-Allow-Private-Network": "true"})
+            return self.answer(204, None, {
+                "Access-Control-Allow-Methods": method, "Access-Control-Max-Age": "600",
+                "Access-Control-Allow-Headers": "Authorization, Content-Type",
+                "Access-Control-Allow-Private-Network": "true"})
         self.need_method(method)
         if path.startswith("/auth/"):
             self.check_key(service.config.serve_key)
@@ -2806,7 +2876,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def need_method(self, method: str) -> None:
         """405 for any other."""
         if self.command != method and (self.command, method) != ("HEAD", "GET"):
-            raise HttpError(405, f"use {method}", Allow="GET, HEAD, OPTIONS" if method == "GET" else "POST, OPTIONS")
+            raise HttpError(405, f"use {method}", Allow=f"{method}{', HEAD' * (method == 'GET')}, OPTIONS")
 
     def check_host(self) -> None:
         """DNS rebinding: a page of another site could reach us only by a name that is not ours."""
@@ -2840,7 +2910,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length, body, end = int(announced), b"", time.monotonic() + self.timeout
         if length > 65536:
             raise HttpError(413, "the body is larger than 64 KiB")
-        while len(body) < length and time.monotonic() < end and (part := self.rfile.read1(length - len(body))):
+        while len(body) < length and time.monotonic() < end:
+            if not (part := self.rfile.read1(length - len(body))):
+                break
             body += part
         if len(body) < length:
             raise HttpError(400, "the body is shorter than announced")
@@ -2849,8 +2921,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_page(self, service: Service) -> None:
         """The dashboard."""
         nonce = secrets.token_urlsafe(16)
-        policy = (f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; "
-                  "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        policy = (f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src "
+                  "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
         self.answer(200, PAGE.replace("NONCE", nonce), {"Content-Security-Policy": policy})
 
     def send_health(self, service: Service) -> None:
@@ -2913,15 +2985,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
         """With -v one line a request; without its query, which could hold anything."""
-        command, target = self.server.service.command, (getattr(self, "path", "") or "?").partition("?")[0]
+        command = self.server.service.command
         if command.args.verbose:
-            command.console.log(printable(f"{self.client_address[0]} {self.command} {target} {int(code)}", 200))
+            target = getattr(self, "path", "?").partition("?")[0]
+            line = f"{self.client_address[0]} {self.command} {target} {int(code)}"
+            command.console.log(printable(line, 200))
 
     def log_message(self, format: str, *args: Any) -> None:
         """What else http.server would log: nothing that an operator needs."""
 
 
-# ---- The command line ----------------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 
 def wait_minutes(text: str) -> float:
@@ -2949,10 +3023,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="is everything ready for a login? Spends no OTP")
     add("--import-config", action="store_true", help="copy the apps of the environment into the database")
     add("--json", action="store_true", help="result as JSON (with --status or --mode)")
-    add("--flow", type=str.upper, choices=FLOWS, default="SELENIUM", help="browser login (default), or phone approval")
-    add("--wait", type=wait_minutes, default=15, metavar="MINUTES", help="how long a V3 run waits (default 15)")
+    add("--flow", type=str.upper, choices=FLOWS, default="SELENIUM", help="browser (default) or phone")
+    add("--wait", type=wait_minutes, default=15, metavar="MINUTES", help="how long V3 waits (default 15)")
     add("--headed", action="store_true", help="show the browser window")
-    add("--debug-dir", type=Path, metavar="DIR", help="store a screenshot and the page's text of a failed login")
+    add("--debug-dir", type=Path, metavar="DIR", help="store screenshot and text of a failed login's page")
     add("--env-file", type=Path, metavar="PATH", help="settings (default .env here, else beside the script)")
     add("--db", metavar="PATH", help=f"database (default {DATABASE_NAME} here, else beside the script)")
     add("-v", "--verbose", action="store_true", help="also show the database's path and each request served")
@@ -2966,7 +3040,8 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> a
     parser = build_parser()
     args = parser.parse_args(argv)
     verbs = [args.status, args.mode, args.serve, args.check, args.import_config]
-    if sum(map(bool, verbs)) > 1 and not (verbs == [False, args.mode, args.serve, False, False] and args.flow == "V3"):
+    listening = args.mode and args.serve and args.flow == "V3"  # then --serve is where the run itself listens
+    if sum(map(bool, verbs)) > 1 + bool(listening):
         parser.error("choose one of --status, --mode, --serve, --check and --import-config")
     if (args.mode == "PARTIAL") != (args.apis is not None):
         parser.error("--mode PARTIAL and --apis go together")
@@ -2979,7 +3054,7 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> a
 
 def load_config(args: argparse.Namespace, environ: Mapping[str, str]) -> Config:
     """Environment over env file, checked for what this command needs."""
-    env_file = args.env_file or first_existing(".env", Path.cwd(), Path(__file__).parent)
+    env_file = args.env_file or first_existing(".env")
     from_file, problems = read_env_file(env_file) if env_file else ({}, [])
     merged = {**from_file, **environ}.items()
     settings = {key: value.strip() for key, value in merged if key.startswith("UPSTOX_") and value.strip()}
@@ -3022,19 +3097,18 @@ def open_stream(stream: TextIO | None) -> TextIO:
     return stream
 
 
-def flush(stream: TextIO) -> None:
-    """Write out what is left; a reader that went away (`| head`) is no error."""
-    try:
-        stream.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def ask_on_terminal(prompt: str) -> str:
+    """input(), with EOFError where nobody can be asked."""
+    if sys.stdin is None or sys.stdout is None:
+        raise EOFError
+    open_stream(sys.stdin)
+    return input(prompt)
 
 
 def main(argv: Sequence[str] | None = None, *, out: TextIO | None = None, err: TextIO | None = None,
-         ask: Callable[[str], str] = input, environ: Mapping[str, str] | None = None,
+         ask: Callable[[str], str] = ask_on_terminal, environ: Mapping[str, str] | None = None,
          now: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep) -> int:
-    """Run one command; returns the exit code (contract 5). The keywords replace the process's own for tests."""
+    """Run one command; the exit code of contract 5. The keywords replace the process's own for tests."""
     environ = os.environ if environ is None else environ
     console = Console(out or open_stream(sys.stdout), err or open_stream(sys.stderr), ask)
     try:
@@ -3055,11 +3129,10 @@ def main(argv: Sequence[str] | None = None, *, out: TextIO | None = None, err: T
         return stop.exit_code
     except SystemExit as stop:  # argparse has said what is wrong
         return stop.code if isinstance(stop.code, int) else USAGE
-    except BrokenPipeError:
+    except Exception as error:  # a bug: its text may hold anything, so only where it is
+        place = error.__traceback__ and list(traceback.walk_tb(error.__traceback__))[-1][1]
+        console.log(f"error: internal error, {type(error).__name__} at line {place}. Please report it.")
         return NOT_VALID
-    finally:
-        flush(console.out)
-        flush(console.err)
 
 
 if __name__ == "__main__":
