@@ -385,12 +385,13 @@ def check_apps(raw: Sequence[Mapping[str, Any]], label: str) -> list[str]:
 
     if not raw:
         say(0, "client_id", "is not set; at least one app is needed")
-    if len(raw) > 6 or max(numbers, default=0) > 5:
-        say(max(numbers), "client_id", "at most six apps, numbered 0 to 5")
+    if len(raw) > 6 or set(numbers) - set(range(6)):
+        say(numbers[-1], "client_id", "at most six apps, numbered 0 to 5")
     else:
         for gap in sorted(set(range(max(numbers, default=0))) - set(numbers)):
             say(gap, "client_id", "is not set; apps are numbered from 0 without a gap")
-    for place, app in enumerate(raw):
+    enabled = [app for app in raw if app.get("enabled", True)]
+    for place, app in enumerate(enabled):
         for name in ("api_name", "client_id", "client_secret"):
             value = app.get(name, "")
             if not value:
@@ -399,7 +400,7 @@ def check_apps(raw: Sequence[Mapping[str, Any]], label: str) -> list[str]:
                 say(app["index"], name, "must be one of " + ", ".join(API_NAMES))
             elif not PLAIN.fullmatch(value):
                 say(app["index"], name, "must be printable characters without spaces, at most 255")
-            elif name != "client_secret" and value in [other.get(name) for other in raw[:place]]:
+            elif name != "client_secret" and value in [other.get(name) for other in enabled[:place]]:
                 say(app["index"], name, "is used by two apps")
         if app.get("redirect_uri") and not web_address(app["redirect_uri"]):
             say(app["index"], "redirect_uri", "must be the http or https URL registered with the app")
@@ -776,7 +777,7 @@ def stored_apps(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise ConfigError(f"upstox_api_configs: no rows in {path}. Fill it with --import-config.")
     names = ("api_name", "client_id", "client_secret", "redirect_uri")
-    return [{"index": index, "enabled": str(enabled).lower() in ("1", "true"),
+    return [{"index": index if isinstance(index, int) else -1, "enabled": str(enabled).lower() in ("1", "true"),
              **{name: str(value or "") for name, value in zip(names, values)}}
             for index, *values, enabled in rows]
 
@@ -2221,7 +2222,7 @@ class Command:
                 server = Server(self.args.serve or SERVE_ADDRESS, service, webhook_only=True)
                 stack.enter_context(server)
             except ConfigError as error:
-                self.console.log(f"Deliveries must come through a server that already runs: {error}")
+                self.console.log(f"This run does not listen for deliveries itself; a running --serve must. {error}")
             else:
                 threading.Thread(target=server.serve_forever, daemon=True).start()
                 stack.callback(server.shutdown)
