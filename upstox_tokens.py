@@ -316,9 +316,8 @@ def web_address(value: str) -> urllib.parse.SplitResult | None:
 
 
 def loopback(host: str | None) -> bool:
-    """Whether a host name or address stays on this machine."""
-    host = host or ""
-    return host in ("localhost", "::1") or host.startswith("127.") or host.endswith(".localhost")
+    """Whether a host name or address stays on this machine; 127.0.0.1.example.com does not."""
+    return bool(re.fullmatch(r"127(\.[0-9]{1,3}){3}|::1|([^.]+\.)*localhost", host or ""))
 
 
 def is_base_url(value: str) -> bool:
@@ -337,7 +336,7 @@ def are_origins(value: str) -> bool:
 def is_notifier(value: str) -> bool:
     """An URL with a path that is not one of our own."""
     parts = web_address(value)
-    return parts is not None and len(parts.path) > 1 and not re.match("/(auth/|healthz$)", parts.path)
+    return parts is not None and not re.fullmatch("/?|/healthz|/auth/upstox/tokens/.*", parts.path)
 
 
 def is_totp_secret(value: str) -> bool:
@@ -777,7 +776,8 @@ def stored_apps(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise ConfigError(f"upstox_api_configs: no rows in {path}. Fill it with --import-config.")
     names = ("api_name", "client_id", "client_secret", "redirect_uri")
-    return [{"index": index if isinstance(index, int) else -1, "enabled": str(enabled).lower() in ("1", "true"),
+    return [{"index": index if isinstance(index, int) else -1,
+             "enabled": str(enabled).lower() in ("1", "true"),
              **{name: str(value or "") for name, value in zip(names, values)}}
             for index, *values, enabled in rows]
 
@@ -2222,7 +2222,7 @@ class Command:
                 server = Server(self.args.serve or SERVE_ADDRESS, service, webhook_only=True)
                 stack.enter_context(server)
             except ConfigError as error:
-                self.console.log(f"This run does not listen for deliveries itself; a running --serve must. {error}")
+                self.console.log(f"This run cannot listen for deliveries; a running --serve must. {error}")
             else:
                 threading.Thread(target=server.serve_forever, daemon=True).start()
                 stack.callback(server.shutdown)
@@ -2858,20 +2858,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             service.webhook.receive(self.read_body())
             return self.answer(200, {"status": "ok"})
         self.check_host()
+        self.check_origin()
         found = next(((method, name, match) for method, pattern, name in self.ROUTES
-                      if (match := re.fullmatch(pattern, path))), None)
-        if not found or self.server.webhook_only:
+                      if (match := re.fullmatch(pattern, path)) and not self.server.webhook_only), None)
+        preflight = self.command == "OPTIONS" and self.cors  # browsers send it without the key
+        if path.startswith("/auth/") and not preflight:
+            self.check_key(service.config.serve_key)
+        if not found:
             raise HttpError(404, "not found")
         method, name, match = found
-        self.check_origin()
-        if self.command == "OPTIONS" and self.cors:
+        if preflight:
             return self.answer(204, None, {
                 "Access-Control-Allow-Methods": method, "Access-Control-Max-Age": "600",
                 "Access-Control-Allow-Headers": "Authorization, Content-Type",
                 "Access-Control-Allow-Private-Network": "true"})
         self.need_method(method)
-        if path.startswith("/auth/"):
-            self.check_key(service.config.serve_key)
         getattr(self, f"send_{name}")(service, *match.groups())
 
     def need_method(self, method: str) -> None:
