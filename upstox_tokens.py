@@ -1581,6 +1581,12 @@ class Session:
             self.guard.release()
             raise
 
+    def left_alone(self) -> list[str]:
+        """A line that names what INVALID_ONLY does not generate for, since nobody knows whether it is valid."""
+        unknown = [status.api_name for status in self.statuses if status.word == "UNKNOWN"]
+        say = self.mode == "INVALID_ONLY" and unknown
+        return [f"Not generated, since the broker could not be asked about it: {', '.join(unknown)}."] if say else []
+
     def finish(self) -> Result:
         """Generate for the chosen apps, whatever happens to single ones."""
         run = self.run
@@ -2096,10 +2102,8 @@ class Command:
         session = Session(self.new_run(source, self.console, listener=self.receiving, **changes), mode, named)
         session.begin()
         self.console.begin([app.name for app in session.chosen])
-        unknown = [status.api_name for status in session.statuses if status.word == "UNKNOWN"]
-        if mode == "INVALID_ONLY" and unknown:
-            self.console.log("Not generated, since the broker could not be asked about them: "
-                             + ", ".join(unknown))
+        for line in session.left_alone():
+            self.console.log(line)
         return session.finish()
 
     def say_result(self, result: Result) -> None:
@@ -2322,10 +2326,9 @@ class Service:
             raise HttpError(400, "apiNames must be a list of API names")
         if bool(names) != (mode == "PARTIAL"):
             raise HttpError(400, "apiNames are needed for mode PARTIAL, and only there")
-        try:
-            return mode, parse_names(",".join(names), self.command.names) if names else [], flow
-        except ValueError as error:
-            raise HttpError(400, f"apiNames: {error}") from None
+        if unknown := [name for name in names if name not in self.command.names]:
+            raise HttpError(400, f"apiNames: {printable(unknown[0], 40)} is not one of {', '.join(self.command.names)}")
+        return mode, names, flow
 
     def finish(self, session: Session, job: Job) -> None:
         """The run itself; whatever happens, the job ends."""
@@ -2335,7 +2338,7 @@ class Service:
             state = "DONE" if result.exit_code == OK else "FAILED"
             done = sum(outcome.state == "DONE" for outcome in result.outcomes.values())
             counted = f"{done} of {len(result.outcomes)} generated." if result.outcomes else "Nothing to do."
-            message = " ".join([counted, *result.failures()[:1]])
+            message = " ".join([counted, *session.left_alone(), *result.failures()[:1]])
         except TokenError as error:
             message = str(error)
         finally:
@@ -2824,7 +2827,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Checks who asks, finds the route, answers JSON; no SQL and no login code here."""
 
     server: Server
-    server_version, sys_version = "upstox_tokens", ""
+    server_version, sys_version, default_request_version = "upstox_tokens", "", "HTTP/1.0"
     timeout = 10  # seconds of silence
     ROUTES = (("GET", r"/", "page"), ("GET", r"/healthz", "health"),
               ("GET", r"/auth/upstox/tokens/status", "status"),
