@@ -1582,7 +1582,7 @@ class Session:
             raise
 
     def left_alone(self) -> list[str]:
-        """A line that names what INVALID_ONLY does not generate for, since nobody knows whether it is valid."""
+        """A line that names what INVALID_ONLY leaves alone, since nobody knows whether it is valid."""
         unknown = [status.api_name for status in self.statuses if status.word == "UNKNOWN"]
         say = self.mode == "INVALID_ONLY" and unknown
         return [f"Not generated, since the broker could not be asked about it: {', '.join(unknown)}."] if say else []
@@ -2358,419 +2358,238 @@ PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Upstox tokens</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E
-%3Ccircle cx='4' cy='4' r='3.5' fill='%232457c5'/%3E%3C/svg%3E">
+<title>Upstox tokens</title> <link rel="icon" href="data:,">
 <style nonce="NONCE">
 :root { color-scheme: light dark; --page: #f4f6f8; --card: #fff; --text: #1b2430; --soft: #576372;
-  --line: #dde3e9; --edge: #8793a1; --good: #1a7f4b; --bad: #b3261e; --none: #66717e; --act: #2457c5;
-  --on-act: #fff; --wait: #fff5da; --wait-edge: #c98a00; }
+  --line: #dde3e9; --good: #1a7f4b; --bad: #b3261e; --act: #2457c5; --hue: var(--soft); }
 @media (prefers-color-scheme: dark) { :root { --page: #11151b; --card: #191f27; --text: #e6eaf0;
-  --soft: #9eaab8; --line: #2b343f; --edge: #66727f; --good: #4cc38a; --bad: #ff8f85; --none: #8d99a8;
-  --act: #86b0ff; --on-act: #0c1a33; --wait: #302810; --wait-edge: #d9a520; } }
-.good { --tone: var(--good); } .bad { --tone: var(--bad); } .none { --tone: var(--none); }
-.busy { --tone: var(--act); } .wait { --tone: var(--wait-edge); }
+  --soft: #9eaab8; --line: #2b343f; --good: #4cc38a; --bad: #ff8f85; --act: #86b0ff; } }
+.good { --hue: var(--good); } .bad { --hue: var(--bad); } .busy { --hue: var(--act); } .wait { --hue: #c80; }
 * { box-sizing: border-box; } [hidden] { display: none !important; } html { overflow-y: scroll; }
-body { max-width: 1080px; margin: 0 auto; padding: 24px 24px 88px; background: var(--page);
-  color: var(--text); font: 16px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-h1, h2, p { margin: 0; font-size: 1.15rem; overflow-wrap: anywhere; }
-p { font-size: inherit; }
-header, footer, .actions, #summary, #notice { display: flex; align-items: center; gap: 12px; }
-button, select, input { min-height: 44px; padding: 0 16px; font: inherit; line-height: 1.15; color: inherit;
-  background: var(--card); border: 1px solid var(--edge); border-radius: 8px; }
-button { cursor: pointer; font-weight: 600; }
-button.main { background: var(--act); border-color: var(--act); color: var(--on-act); }
-button.danger { color: var(--bad); border-color: var(--bad); }
-:disabled { background: none !important; border-color: var(--line) !important; color: var(--soft) !important;
-  cursor: default; }
+body { max-width: 1080px; margin: 0 auto; padding: 24px 24px 72px; background: var(--page);
+  color: var(--text); font: 16px/1.4 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+h1, h2, p { margin: 0; font-size: 1.15rem; overflow-wrap: anywhere; } p { font-size: inherit; }
+header, footer, form, label, #summary, #notice, #actions { display: flex; align-items: center; gap: 12px; }
+#summary, #operator, table, dialog, button, select, input { background: var(--card); border-radius: 8px; }
+dialog, button, select, input { border: 1px solid #7d8894; color: inherit; }
+button, select, input { min-height: 44px; padding: 0 16px; font: inherit; line-height: 1.15; }
+button { font-weight: 600; cursor: pointer; } .danger { border-color: var(--bad); color: var(--bad); }
+.main { background: var(--act); border-color: var(--act); color: var(--card); }
+button:disabled, select:disabled { background: none; border-color: var(--line); color: var(--soft); }
 :focus-visible { outline: 3px solid var(--act); outline-offset: 2px; }
-.soft, #checked, .actions label, footer { color: var(--soft); }
-#checked, footer, .actions label, .job { font-size: .9rem; }
-#checked { flex: 1; min-height: 1.45em; text-align: right; }
-#summary, #keyform, .frame { background: var(--card); border-radius: 8px; }
-#summary { margin: 16px 0 8px; padding: 12px 20px; min-height: 66px; border-left: 6px solid var(--tone);
+.soft, thead, .job { color: var(--soft); font-size: .9rem; }
+main { min-height: 660px; } #checked { flex: 1; text-align: right; }
+#summary { margin: 16px 0 8px; padding: 12px 20px; min-height: 68px; border-left: 6px solid var(--hue);
   font-size: 1.35rem; font-weight: 600; }
-.stage { display: grid; min-height: 124px; margin-bottom: 16px; }
-.stage > * { grid-area: 1 / 1; min-width: 0; } .waiting .normal { visibility: hidden; }
-.normal { display: grid; align-content: space-between; }
-#notice { min-height: 60px; padding-left: 26px; color: var(--tone, var(--soft)); }
-.actions label { margin-left: 8px; } #all { margin-left: auto; }
-#operator { padding: 16px 20px; background: var(--wait); border: 2px solid var(--wait-edge);
-  border-radius: 8px; }
-#operator p { margin-top: 4px; }
-#keyform { display: flex; flex-wrap: wrap; gap: 8px 12px; padding: 20px; }
-#keyform label, #keyform p { flex-basis: 100%; }
-#key { flex: 1; min-width: 0; max-width: 420px; }
-.frame { min-height: 364px; overflow: hidden; } .filled { min-height: 0 !important; }
-table { width: 100%; border-collapse: collapse; table-layout: fixed; }
-th, td { height: 52px; padding: 6px 12px 6px 0; text-align: left; overflow-wrap: anywhere; }
-thead th { color: var(--soft); font-size: .85rem; font-weight: 500; }
-thead .pick { width: 60px; } thead .name { width: 160px; }
-thead .status { width: 290px; } thead .until { width: 175px; }
-tbody tr { border-top: 1px solid var(--line); } .pick { padding: 0; }
-.pick label { display: grid; place-items: center; min-height: 44px; cursor: pointer; }
-.pick input { width: 20px; min-height: 20px; margin: 0; accent-color: var(--act); }
-td.status { font-size: .92rem; font-weight: 600; color: var(--tone); }
-.status i { display: inline-block; width: 11px; height: 11px; margin-right: 9px; border-radius: 50%;
-  background: currentColor; forced-color-adjust: none; }
-tr:not(.good) td.until, .job { color: var(--soft); }
-[data-status=INVALID] .until { text-decoration: line-through; }
-.old .status, .old #summary, .run [data-job=DONE] .status { filter: grayscale(1); }
-[data-job=PENDING] .job, [data-job=RUNNING] .job { white-space: nowrap; overflow: hidden;
-  text-overflow: ellipsis; }
-[data-job=DONE] b { color: var(--good); } [data-job=FAILED] .job { color: var(--bad); }
-[data-job=RUNNING] b { color: var(--act); animation: breathe 2s ease-in-out infinite; }
-@keyframes breathe { 50% { opacity: .6; } }
-@media (prefers-reduced-motion: reduce) { [data-job=RUNNING] b { animation: none; } }
-footer { min-height: 56px; justify-content: space-between; }
-#dock { position: fixed; inset: auto 0 0; background: var(--text); color: var(--page); text-align: center; }
-#offline { padding: 14px 24px calc(14px + env(safe-area-inset-bottom)); }
-dialog { width: calc(100% - 32px); max-width: 460px; padding: 24px; color: inherit; background: var(--card);
-  border: 1px solid var(--edge); border-radius: 12px; }
-dialog::backdrop { background: rgb(0 0 0 / .5); } dialog ul { padding-left: 20px; }
-dialog div { display: flex; flex-wrap: wrap; justify-content: end; gap: 12px; }
+#stage { display: grid; min-height: 124px; margin-bottom: 16px; } form { max-width: 540px; }
+#normal { display: grid; align-content: space-between; } #all { margin-left: auto; }
+#notice { min-height: 64px; padding: 8px 0 8px 26px; color: var(--hue); }
+#key { flex: 1; min-width: 0; } #operator { padding: 14px 20px; border: 3px solid #c80; }
+table { width: 100%; table-layout: fixed; border-collapse: collapse; }
+th, td { height: 56px; padding: 6px 12px 6px 0; text-align: left; overflow-wrap: anywhere; }
+th:first-child { width: 220px; padding-left: 20px; } .status { width: 290px; } .until { width: 175px; }
+tr + tr { border-top: 1px solid var(--line); } th label { min-height: 40px; cursor: pointer; }
+th input { flex: none; width: 20px; min-height: 20px; margin: 0; accent-color: var(--act); }
+td.status { color: var(--hue); font-size: .87rem; font-weight: 600; } td.status::before { content: "● "; }
+tr:not(.good) .until { color: var(--soft); } .until:empty::before { content: "–"; }
+.live [data-job=DONE] .status { filter: grayscale(1); } .live [data-job=DONE] b { color: var(--good); }
+[data-job=RUNNING] b { color: var(--act); } .bad[data-job=FAILED] .job { color: var(--bad); }
+footer { min-height: 60px; justify-content: space-between; }
+#offline { position: fixed; inset: auto 0 0; padding: 14px; text-align: center;
+  background: var(--text); color: var(--page); }
+dialog { max-width: min(460px, 100% - 32px); padding: 24px; } dialog p { margin: 12px 0 24px; }
+dialog button { margin-right: 12px; } dialog::backdrop { background: rgb(0 0 0 / .5); }
 @media (max-width: 980px) {
-  body { padding: 12px 12px 88px; }
-  header { flex-wrap: wrap; gap: 0; justify-content: space-between; }
-  #checked { order: 3; flex-basis: 100%; text-align: left; }
-  #summary { margin: 8px 0; padding: 10px 12px; min-height: 72px; font-size: 1.02rem; line-height: 1.4; }
-  .stage { min-height: 176px; margin-bottom: 12px; }
-  #notice { min-height: 64px; padding-left: 18px; font-size: .95rem; }
-  #operator { padding: 10px 16px; }
-  .actions { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px; }
-  .actions > * { padding: 0 2px; font-size: .9rem; }
-  .actions label, thead { position: absolute; clip-path: inset(50%); } #all { margin: 0; }
-  .frame { min-height: 390px; } table, tbody { display: block; }
-  tbody tr { display: grid; grid-template-columns: 46px max-content minmax(0, 1fr); min-height: 65px;
-    padding: 8px 12px 8px 0; align-content: center; align-items: baseline; }
-  tbody tr:first-child { border: 0; } tbody tr > * { height: auto; padding: 1px 0; }
-  .pick { grid-row: 1 / 3; align-self: center; }
-  td.status { padding-left: 8px; text-align: right; font-size: .85rem; }
-  td.until { grid-area: 2 / 2 / 3 / 4; font-size: .9rem; }
-  td.until:not(.dash)::before { content: "until "; }
-  .job { grid-area: 3 / 2 / 4 / 4; } .run .job { grid-row: 2; }
-  [data-job=""] .job, .run tr:not([data-job=""]) .until { display: none; }
+  body { padding: 12px 12px 72px; } main { min-height: 840px; }
+  #summary { margin: 12px 0 4px; padding: 10px 12px; font-size: 1.05rem; }
+  #stage { min-height: 172px; } #notice { padding-left: 18px; }
+  #actions { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; } #all { margin: 0; }
+  header { gap: 6px; } button, select { padding: 0 6px; } #actions > * { font-size: .85rem; }
+  thead { display: none; } table, tbody { display: block; }
+  tbody tr { display: grid; grid-template-columns: max-content 1fr; align-content: center;
+    align-items: center; min-height: 92px; padding: 4px 12px 6px; }
+  tbody th, td { width: auto !important; height: auto; padding: 0 !important; } .status { text-align: right; }
+  .until, .job { grid-column: 1 / 3; margin-left: 32px; } .until:not(:empty)::before { content: "until "; }
+  .live tr:not([data-job=""]) .until { display: none; }
 }
 </style>
 </head>
 <body>
 <header>
-  <h1>Upstox tokens</h1> <span id="checked"></span> <button id="refresh" type="button">Check again</button>
+  <h1>Upstox tokens</h1> <span id="checked" class="soft"></span> <button id="refresh">Check again</button>
 </header>
-<main>
-  <p id="summary" aria-live="polite"><noscript>This page needs JavaScript.</noscript></p>
-  <div class="stage" id="stage">
-    <div class="normal">
+<main id="main">
+  <p id="summary" aria-live="polite"></p>
+  <div id="stage">
+    <div id="normal">
       <p id="notice" role="status"></p>
-      <div class="actions" id="actions">
-        <button id="missing" class="main" type="button" disabled>Generate missing</button>
-        <button id="selected" type="button" disabled>Generate selected</button>
-        <label for="flow">Log in by</label>
-        <select id="flow">
+      <div id="actions">
+        <button id="missing" class="main"></button> <button id="selected"></button>
+        <select id="flow" aria-label="Way to log in">
           <option value="SELENIUM">Browser login</option> <option value="V3">Approve on phone</option>
         </select>
-        <button id="all" class="danger" type="button" disabled>Force regenerate all</button>
+        <button id="all" class="danger">Force regenerate all</button>
       </div>
-      <form id="keyform" hidden>
+      <form id="keyform">
         <label for="key">Key</label>
-        <input id="key" type="password" autocomplete="current-password">
-        <button id="key-save" class="main" type="submit">Save</button>
-        <p class="soft">Kept in this browser tab only, until the tab is closed.</p>
+        <input id="key" type="password" required pattern="[!-~]+" title="A key has no spaces.">
+        <button id="key-save" class="main">Save</button>
       </form>
     </div>
-    <section id="operator" aria-labelledby="turn" hidden>
-      <h2 id="turn">Your turn</h2>
-      <p id="task"></p>
+    <section id="operator" aria-labelledby="turn">
+      <h2 id="turn">Your turn</h2> <p id="task"></p>
       <p class="soft">The run goes on by itself as soon as that is done.</p>
     </section>
   </div>
-  <div class="frame" id="frame">
-    <table id="tokens">
-      <thead><tr><td class="pick"></td><th class="name" scope="col">API</th>
-        <th class="status" scope="col">Status</th><th class="until" scope="col">Valid until</th>
-        <th scope="col">Last run</th></tr></thead>
-      <tbody id="body"></tbody>
-    </table>
-  </div>
+  <table id="tokens">
+    <thead><tr><th scope="col">API</th><th scope="col" class="status">Status</th>
+      <th scope="col" class="until">Valid until</th><th scope="col">Last run</th></tr></thead>
+    <tbody id="body"></tbody>
+  </table>
+  <template id="row"><tr>
+    <th scope="row"><label><input type="checkbox"> <span></span></label></th>
+    <td class="status"></td><td class="until"></td><td class="job"><b></b><span></span></td>
+  </tr></template>
 </main>
-<footer>All times are the server's. <button id="forget" type="button" hidden>Forget key</button></footer>
-<div id="dock" role="status"><p id="offline" hidden></p></div>
+<footer class="soft">All times are the server's. <button id="forget">Forget key</button></footer>
+<p id="offline" role="alert">The server does not answer. Trying again…</p>
 <dialog id="confirm" aria-labelledby="danger" aria-describedby="dangers">
   <h2 id="danger">Regenerate every token, valid or not?</h2>
-  <ul id="dangers">
-    <li>Every app logs in again.</li>
-    <li id="cost"></li>
-    <li>Tokens in use by running programs stop working, until those programs read the new ones.</li>
-  </ul>
-  <div>
-    <button id="confirm-no" type="button" autofocus>Cancel</button>
-    <button id="confirm-yes" class="danger" type="button"></button>
-  </div>
+  <p id="dangers">Every app logs in again, each at the cost of a one-time code or of an approval on the phone.
+    Programs that use the present tokens stop working until they read the new ones.</p>
+  <button id="confirm-no" autofocus>Cancel</button>
+  <button id="confirm-yes" class="danger">Regenerate all</button>
 </dialog>
 <script nonce="NONCE">
 'use strict';
-const $ = id => document.getElementById(id), rows = new Map(), NEEDED = ['INVALID', 'EXPIRED', 'NOT FOUND'];
-const WORDS = {PENDING: 'Pending', RUNNING: 'Running', DONE: 'Done', FAILED: 'Failed', SKIPPED: 'Skipped'};
-const gone = new Set();  // the loops that get no answer at present
-let report = null, checkedAt = 0, checking = false, job = null, note = null, pressed = null, starting = false;
-let key = sessionStorage.getItem('key') || '', needKey = false, paused = false;
-let seen = JSON.parse(sessionStorage.getItem('run') || '{}');  // the last run this tab has watched
-
+const $ = id => document.getElementById(id), ticked = () => [...$('body').querySelectorAll(':checked')];
 const live = run => Boolean(run) && (run.state === 'RUNNING' || run.state === 'WAITING_FOR_OPERATOR');
-const needed = token => NEEDED.includes(token.status);
+const tone = token => ({VALID: 'good', UNKNOWN: 'none'}[token.status] || 'bad');  // bad: needs generating
 const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
-const say = (kind, text) => { note = {kind, text, at: Date.now()}; render(); };
 const keep = typed => { key = typed; sessionStorage.setItem('key', key); };
+let report = null, job = null, note = '', locked = false, starting = false;  // what the page shows
+let key = sessionStorage.getItem('key') || '', fails = 0, turn = 0, timer = 0;
 
-async function call(path, signal, body) {
-  const headers = body ? {'Content-Type': 'application/json'} : {};
-  if (key) headers.Authorization = 'Bearer ' + key;
-  const answer = await fetch('auth/upstox/tokens/' + path, {signal, headers, cache: 'no-store',
-    redirect: 'error', method: body ? 'POST' : 'GET', body: body && JSON.stringify(body)});
-  const data = await answer.json().catch(() => null);
-  if (answer.ok && data) return data;
-  // an answer without JSON is a proxy's: the server itself is gone, code 0
-  throw Object.assign(new Error(data && data.error || 'No reason given.'), {code: data ? answer.status : 0});
+async function call(path, body) {
+  const headers = {'Content-Type': 'application/json', ...key && {Authorization: 'Bearer ' + key}};
+  const answer = await fetch('auth/upstox/tokens/' + path, {headers, method: body ? 'POST' : 'GET',
+    body: JSON.stringify(body), cache: 'no-store', redirect: 'error', signal: AbortSignal.timeout(20000)});
+  const data = await answer.json();  // fails when a proxy answers because the server itself is gone
+  if (!answer.ok) throw Object.assign(new Error(data.error), {status: answer.status});
+  return data;
 }
 
-function watch(work) {  // does work again and again; it answers the milliseconds to wait
-  let current = null, timer = 0, fails = 0;
-  const stop = () => {
-    clearTimeout(timer);
-    if (current) current.abort();
-    current = null;
-  };
-  const run = async () => {
-    stop();
-    if (document.hidden || paused) return;
-    const mine = current = new AbortController(), limit = setTimeout(() => mine.abort(), 20000);
-    let wait = 15000, error = null;
-    try { wait = await work(mine.signal); } catch (problem) { error = problem; }
-    clearTimeout(limit);
-    if (mine !== current) return;
-    if (error && error.code === 401) return askKey();
-    if (error && !error.code) {
-      gone.add(run);
-      wait = Math.min(15, 2 ** fails++) * 1000;
-    } else {
-      fails = 0;
-      if (gone.delete(run)) gone.forEach(other => other());
-      if (error) say('bad', error.message);
-    }
-    const opened = needKey && !gone.has(run);
-    if (opened) needKey = false;
-    timer = setTimeout(run, wait);
-    render();
-    if (opened) $('refresh').focus();
-  };
-  return Object.assign(run, {stop});
-}
-
-const jobs = watch(async signal => {
-  const mine = live(job) && job.jobId, path = 'jobs/' + (mine ? encodeURIComponent(mine) : 'latest');
-  const found = await call(path, signal).catch(error => { if (error.code !== 404) throw error; });
-  if (found) take(found);
-  else if (mine) {
-    job = null;
-    say('bad', 'The server no longer knows this run; was it restarted? The table shows what is stored.');
-    tokens();
+async function tick() {  // asks, shows, comes again; a newer tick makes an older one void
+  const mine = ++turn;
+  clearTimeout(timer);
+  if (document.hidden) return;
+  try {
+    const run = await call('jobs/latest').catch(error => error.status === 404 ? null : Promise.reject(error));
+    const fresh = live(run) && report || await call('status');
+    if (mine !== turn) return;
+    note = live(job) && !run ? 'The server no longer knows the run; was it restarted?' : '';
+    [job, report, locked, fails] = [run, fresh, false, 0];
+  } catch (error) {
+    if (mine !== turn) return;
+    if (error.status === 401) return lock();
+    if (error.status) note = error.message;
+    fails = error.status ? 0 : fails + 1;
   }
-  return live(job) ? 1000 : 60000;
-});
-
-const tokens = watch(async signal => {
   render();
-  if (live(job) && report && !checking) return 60000;
-  try { report = await call('status', signal); } finally { if (!signal.aborted) checking = false; }
-  checkedAt = Date.now();
-  if (note && checkedAt - note.at > 14000) note = null;
-  return checkedAt - seen.at < 5000 ? 6000 : 60000;  // after a run once more, past a shared older answer
-});
-
-function take(found) {
-  const ended = live(job) && !live(found);
-  if (!live(found) && found.jobId !== seen.id) return;  // an old run that nobody watched here
-  job = found;
-  if (live(found) || ended) seen = {id: found.jobId, at: Date.now()};
-  sessionStorage.setItem('run', JSON.stringify(seen));
-  if (ended) tokens();
+  timer = setTimeout(tick, 1000 * (fails ? Math.min(15, 2 ** fails) : live(job) ? 1 : 60));
 }
 
-async function start(button, body) {
-  [starting, note, pressed] = [true, null, button];
-  body.flow = $('flow').value;
+function lock() {
+  note = key && 'The server did not accept the key.';
+  keep('');
+  [report, job, locked, fails] = [null, null, true, 0];
+  render();
+  $('key').focus();
+}
+
+async function generate(mode, apiNames) {
+  clearTimeout(timer);
+  [starting, note, turn] = [true, '', turn + 1];
   render();
   try {
-    const {jobId, apiNames} = await call('generate', AbortSignal.timeout(30000), body);
-    take({jobId, state: 'RUNNING', results: apiNames.map(apiName => ({apiName, state: 'PENDING'}))});
-    rows.forEach(row => { row.box.checked = false; });
+    const run = await call('generate', {mode, apiNames, flow: $('flow').value});
+    job = {...run, results: run.apiNames.map(apiName => ({apiName, state: 'PENDING'}))};
+    ticked().forEach(box => { box.checked = false; });
   } catch (error) {
-    if (error.code === 401) askKey();
-    else say('bad', error.code ? error.message : 'No answer came. If the run has begun, it will show here.');
+    note = error.status ? error.message : 'No answer came. If the run has begun, it will show here.';
   }
   starting = false;
-  jobs();
   render();
+  timer = setTimeout(tick, note ? 9000 : 0);
 }
 
-function askKey() {
-  jobs.stop();
-  tokens.stop();
-  note = key && {kind: 'bad', text: 'The server did not accept the key.', at: Date.now()};
-  keep('');
-  [report, job, needKey, paused] = [null, null, true, true];
-  gone.clear();
-  render();
-  $('key').focus({preventScroll: true});
+function headline() {  // the sentence on top and its colour
+  if (locked) return ['none', 'This server asks for its key.'];
+  if (live(job)) {
+    const text = `: ${job.results.filter(one => one.state === 'DONE').length} of ${job.results.length} done.`;
+    return job.state === 'RUNNING' ? ['busy', 'Generating' + text] : ['wait', 'Waiting for you' + text];
+  }
+  if (!report) return ['none', 'Checking the tokens…'];
+  const n = report.tokens.length, of = kind => report.tokens.filter(token => tone(token) === kind).length;
+  const bad = of('bad'), none = of('none'), rest = none ? ` For ${none} the broker could not be asked.` : '';
+  if (bad) return ['bad', `${bad} of ${n} tokens need${bad > 1 ? '' : 's'} generating.` + rest];
+  if (rest) return ['none', `${of('good')} of ${n} tokens valid.` + rest];
+  const until = report.tokens.map(token => token.validityAt).sort()[0].slice(11, 16);
+  return ['good', (n > 1 ? `All ${n} tokens are` : 'The token is') + ` valid until ${until}.`];
 }
 
-function wake(asked) {
-  paused = false;
-  checking = checking || asked || Date.now() - checkedAt > 90000;
-  jobs();
-  tokens();
+function newRow({apiName}) {
+  const tr = $('row').content.firstElementChild.cloneNode(true);
+  tr.dataset.api = tr.querySelector('input').value = tr.querySelector('span').textContent = apiName;
+  return tr;
 }
 
-function when(text) {  // "2026-11-24 03:30:00" as "Tue 24 Nov, 03:30", whatever zone this browser is in
-  const day = new Date(text.slice(0, 10));
-  const form = {weekday: 'short', day: 'numeric', month: 'short', timeZone: 'UTC'};
-  if (isNaN(day)) return text;
-  return day.toLocaleDateString('en-GB', form).replace(',', '') + ', ' + text.slice(11, 16);
-}
-
-function describe(all) {  // the sentence on top and its colour
-  const n = all.length, need = all.filter(needed).length;
-  const valid = all.filter(token => token.status === 'VALID');
-  const of = (count, one, more) => (count < n ? count + ' of ' + n + ' tokens ' + (count === 1 ? one : more)
-    : n === 1 ? 'The token ' + one : 'All ' + n + ' tokens ' + more);
-  const unknown = n - need - valid.length, ends = [...new Set(valid.map(token => token.validityAt))].sort();
-  if (!n) return ['No API is configured.', 'none'];
-  if (unknown === n) return ['The broker could not be asked about the token' + (n > 1 ? 's.' : '.'), 'none'];
-  if (valid.length === n) return [of(n, 'is', 'are') + ' valid' + (ends.length > 1 ? ', the first until '
-    : ' until ') + String(ends[0]).slice(11, 16) + '.', 'good'];
-  return [(need ? of(need, 'needs', 'need') + ' generating.' : of(valid.length, 'is', 'are') + ' valid.')
-    + (unknown ? ' For ' + unknown + ' the broker could not be asked.' : ''), need ? 'bad' : 'none'];
-}
-
-function headline() {
-  if (needKey) return ['This server asks for its key.', 'none'];
-  if (!live(job) && report) return describe(report.tokens);
-  if (!live(job)) return [checking ? 'Checking the tokens…' : 'The tokens could not be checked yet.', 'none'];
-  const of = state => job.results.filter(result => result.state === state).length, failed = of('FAILED');
-  const text = of('DONE') + ' of ' + job.results.length + ' done'
-    + (failed ? ', ' + failed + ' failed' : '') + '.';
-  return job.state === 'RUNNING' ? ['Generating: ' + text, 'busy'] : ['Waiting for you: ' + text, 'wait'];
-}
-
-function message() {
-  if (note && (!live(job) || Date.now() - note.at < 10000)) return [note.text, note.kind];
-  if (live(job) || starting) return [live(job) && job.message || 'Starting…', ''];
-  if (needKey) return ['It is UPSTOX_SERVE_KEY in the configuration of the server.', ''];
-  if (!job) return [report && !gone.size ? 'Checked every minute while open.' : '', ''];
-  return [new Date(seen.at).toTimeString().slice(0, 5) + ' ' + WORDS[job.state] + '. ' + (job.message || ''),
-    job.state === 'DONE' ? 'good' : 'bad'];
-}
-
-function addRow(name) {
-  const make = (parent, tag, kind) => parent.appendChild(Object.assign(document.createElement(tag), kind));
-  const tr = make($('body'), 'tr'), pick = make(make(tr, 'td', {className: 'pick'}), 'label');
-  const box = make(pick, 'input', {type: 'checkbox', ariaLabel: 'Select ' + name, onchange: render});
-  make(tr, 'th', {className: 'name', scope: 'row', textContent: name});
-  const state = make(tr, 'td', {className: 'status'}), until = make(tr, 'td', {className: 'until'});
-  const run = make(tr, 'td', {className: 'job'});
-  make(state, 'i');
-  tr.dataset.api = name;
-  return {tr, box, until, word: make(state, 'span'), bold: make(run, 'b'), more: make(run, 'span')};
-}
-
-function renderRow(token) {
-  if (!rows.has(token.apiName)) rows.set(token.apiName, addRow(token.apiName));
-  const {tr, until, word, bold, more} = rows.get(token.apiName);
-  const result = job && job.results.find(found => found.apiName === token.apiName);
-  tr.className = token.status === 'VALID' ? 'good' : needed(token) ? 'bad' : 'none';
-  tr.dataset.status = token.status;
-  tr.dataset.job = result ? result.state : '';
-  put(word, token.status + (token.reason ? ' (' + token.reason + ')' : ''));
-  put(until, token.validityAt ? when(token.validityAt) : '–');
-  until.classList.toggle('dash', !token.validityAt);
-  put(bold, result ? WORDS[result.state] : '');
-  put(more, result && result.message ? ': ' + result.message : '');
+function renderRow(tr, token) {
+  const {state, message} = job && job.results.find(one => one.apiName === token.apiName) || {state: ''};
+  tr.className = tone(token);
+  [tr.dataset.status, tr.dataset.job] = [token.status, state];
+  put(tr.querySelector('.status'), token.status + (token.reason ? ` (${token.reason})` : ''));
+  put(tr.querySelector('.until'), (token.validityAt || '').slice(0, 16));
+  put(tr.querySelector('b'), state.charAt(0) + state.slice(1).toLowerCase());
+  put(tr.querySelector('b + span'), message ? ': ' + message : '');
 }
 
 function render() {
-  if (job && !live(job) && new Date(seen.at).toDateString() !== new Date().toDateString()) job = null;
-  const all = report ? report.tokens : [], need = all.filter(needed).length;
-  const running = live(job), waiting = running && job.state !== 'RUNNING';
-  const same = all.map(token => token.apiName).join() === [...rows.keys()].join();
-  if (!same) $('body').replaceChildren();
-  if (!same) rows.clear();
-  all.forEach(renderRow);
-  const picked = [...rows.values()].filter(row => row.box.checked).length;
-  const ready = report && !running && !starting && !needKey && !gone.size;
-  const [top, mood] = headline(), [line, kind] = message();
-  put($('summary'), top);
-  put($('notice'), line);
-  $('summary').className = mood;
-  $('notice').className = kind;
-  document.body.className = (running ? 'run' : '')
-    + (gone.size || (!running && Date.now() - checkedAt > 90000) ? ' old' : '');
-  document.title = (waiting ? 'Your turn: ' : running ? 'Generating: ' : need ? '(' + need + ') ' : '')
-    + 'Upstox tokens';
-  put($('checked'), checking && !needKey ? 'Checking…'
-    : report ? 'Checked ' + when(report.checkedAt) + report.checkedAt.slice(16, 19) : '');
-  put($('missing'), 'Generate missing (' + (report ? need : '–') + ')');
-  put($('selected'), 'Generate selected (' + (report ? picked : '–') + ')');
-  put($('confirm-yes'), 'Regenerate (' + all.length + ')');
-  put($('task'), waiting && job.message || 'Look at the browser window on the machine that runs the server.');
-  put($('offline'), 'The server does not answer. Trying again…'
-    + (report ? ' What you see is from ' + report.checkedAt.slice(11) + '.' : ''));
-  $('missing').disabled = !ready || !need;
-  $('selected').disabled = !ready || !picked;
-  $('all').disabled = !ready || !all.length;
-  $('flow').disabled = running || starting;
-  $('refresh').disabled = needKey;
-  $('stage').className = waiting ? 'stage waiting' : 'stage';
-  $('frame').className = report ? 'frame filled' : 'frame';
-  $('operator').hidden = !waiting;
-  $('keyform').hidden = !needKey;
-  $('actions').hidden = $('frame').hidden = needKey;
-  $('forget').hidden = !key || needKey;
-  $('offline').hidden = !gone.size;
-  if (!ready || !pressed) return;
-  // a button that was disabled for the run gets the keyboard back
-  if (document.activeElement === document.body) pressed.focus({preventScroll: true});
-  pressed = null;
+  const all = report ? report.tokens : [], shown = [...$('body').rows].map(tr => tr.dataset.api);
+  if (all.map(token => token.apiName).join() !== shown.join()) $('body').replaceChildren(...all.map(newRow));
+  all.forEach((token, i) => renderRow($('body').rows[i], token));
+  const [mood, sentence] = headline(), running = live(job), waiting = running && job.state !== 'RUNNING';
+  const busy = !report || running || starting || fails > 0;
+  const need = all.filter(token => tone(token) === 'bad').length, picked = ticked().length;
+  const line = note || (locked ? 'It is UPSTOX_SERVE_KEY of the server. This tab keeps it until it is closed.'
+    : starting ? 'Starting…' : running ? job.message || 'The run goes on even when this page is closed.'
+    : job ? 'Last run: ' + job.message : '');
+  const texts = {summary: sentence, notice: line, task: waiting ? job.message : '',
+    checked: report ? 'Checked ' + report.checkedAt.slice(11) : '',
+    missing: `Generate missing (${need})`, selected: `Generate selected (${picked})`};
+  const disabled = {missing: busy || !need, selected: busy || !picked, all: busy, flow: busy};
+  const hidden = {normal: waiting, operator: !waiting, keyform: !locked, actions: locked, tokens: locked,
+    forget: !key, offline: !fails};
+  const classes = {summary: mood, main: running ? 'live' : '',
+    notice: note || (need && job && job.state === 'FAILED') ? 'bad' : ''};
+  for (const [id, text] of Object.entries(texts)) put($(id), text);
+  for (const [id, off] of Object.entries(disabled)) $(id).disabled = off;
+  for (const [id, off] of Object.entries(hidden)) $(id).hidden = off;
+  for (const [id, name] of Object.entries(classes)) $(id).className = name;
 }
 
-$('missing').onclick = () => start($('missing'), {mode: 'INVALID_ONLY'});
-$('selected').onclick = () => start($('selected'), {mode: 'PARTIAL',
-  apiNames: [...rows.keys()].filter(name => rows.get(name).box.checked)});
-$('all').onclick = () => {
-  put($('cost'), $('flow').value === 'V3' ? 'Each app has to be approved on the phone.'
-    : 'Each login uses up OTP quota at the broker.');
-  $('confirm').showModal();
-};
+$('body').onchange = render;
+$('missing').onclick = () => generate('INVALID_ONLY');
+$('selected').onclick = () => generate('PARTIAL', ticked().map(box => box.value));
+$('all').onclick = () => $('confirm').showModal();
 $('confirm-no').onclick = () => $('confirm').close();
-$('confirm-yes').onclick = () => { $('confirm').close(); start($('all'), {mode: 'ALL'}); };
-$('refresh').onclick = () => wake(true);
-$('keyform').onsubmit = event => {
-  event.preventDefault();
-  const typed = $('key').value.trim();
-  $('key').value = '';
-  if (!/^[!-~]+$/.test(typed)) return say('bad', 'A key has letters, digits and signs, no spaces.');
-  keep(typed);
-  wake(true);
-};
-$('forget').onclick = () => { keep(''); wake(true); };
-$('flow').value = localStorage.getItem('flow') || 'SELENIUM';
-$('flow').onchange = () => localStorage.setItem('flow', $('flow').value);
-addEventListener('online', () => needKey || wake(false));
-document.addEventListener('visibilitychange', () => {
-  if (!document.hidden) return needKey || wake(false);
-  jobs.stop();
-  tokens.stop();
-});
-wake(true);
+$('confirm-yes').onclick = () => { $('confirm').close(); generate('ALL'); };
+$('refresh').onclick = () => { put($('checked'), 'Checking…'); tick(); };
+$('forget').onclick = () => { keep(''); tick(); };
+$('keyform').onsubmit = () => { keep($('key').value); $('keyform').reset(); tick(); return false; };
+document.addEventListener('visibilitychange', tick);
+render();
+tick();
 </script>
 </body>
 </html>
