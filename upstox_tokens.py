@@ -217,7 +217,7 @@ def redact(text: str, hidden: Iterable[str]) -> str:
 # ---- Configuration -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class App:
     """One API app of the account."""
 
@@ -228,7 +228,7 @@ class App:
     redirect_uri: str
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Config:
     """The whole configuration, checked. Secrets stay out of the repr and so out of tracebacks."""
 
@@ -487,7 +487,7 @@ def parse_created(value: object) -> float | None:
 # ---- The broker's HTTP API -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Answer:
     """An HTTP answer, or in `error` why there is none: timeout, no connection, unexpected answer."""
 
@@ -633,7 +633,7 @@ DB_REMEDIES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Token:
     """A stored row, as far as this program reads it."""
 
@@ -792,7 +792,7 @@ def find_database(db: str | os.PathLike | None) -> Path:
 PLAIN_TOKEN = re.compile(r"[!-~]{1,8000}")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Status:
     """What is known of one app's token. `word` is VALID, INVALID, EXPIRED, NOT FOUND or UNKNOWN."""
 
@@ -836,9 +836,8 @@ def judge_profile(answer: Answer) -> tuple[str, str]:
     return "UNKNOWN", str(answer.code) if answer.code >= 400 else "unexpected answer"
 
 
-def check_tokens(config: Config, path: Path, broker: Broker, now: float) -> list[Status]:
+def check_tokens(config: Config, rows: Mapping[str, Token], broker: Broker, now: float) -> list[Status]:
     """The status of every configured app; the profile calls run side by side."""
-    rows = read_tokens(path)
     verdicts = {app.name: judge_stored(rows.get(app.name), app.client_id, now) for app in config.apps}
     asked = [name for name, verdict in verdicts.items() if verdict is None]
     answers = side_by_side([lambda name=name: broker.profile(rows[name].access_token) for name in asked],
@@ -969,7 +968,7 @@ for (const id of ids) {
   if (!e || !e.getClientRects().length || getComputedStyle(e).visibility === 'hidden') continue;
   items[id] = {enabled: !e.disabled, value: (e.value || '').replace(/[^0-9]/g, '')};
 }
-return {items, path: location.pathname, captcha: !!document.querySelector(captcha),
+return {url: location.href, items, path: location.pathname, captcha: !!document.querySelector(captcha),
         text: (document.body ? document.body.innerText : '').slice(0, 20000)};
 """
 # one step inside the page, so that no re-rendering comes between finding and clicking; a button that
@@ -1010,7 +1009,7 @@ for _ in range(50):
 INSTALL_BROWSER = "Install both (Debian: apt install chromium chromium-driver), then run --check."
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class View:
     """One look at the page: address, visible fields and buttons, text."""
 
@@ -1085,20 +1084,24 @@ class Browser:
 
     def start(self) -> None:
         """Start driver and browser, or LoginFailed with what is missing."""
-        from selenium import webdriver
+        driver_path, browser_path = find_driver(self.environ)
+        profile = os.path.join(tempfile.gettempdir(), f"upstox_tokens-{secrets.token_hex(8)}")
+        self.keeper = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", KEEPER, profile, driver_path, "--port=0"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0), env=self.child_environ(profile))
+        from selenium import webdriver  # takes a while to import: time for the driver to start
         from selenium.common.exceptions import WebDriverException
         from selenium.webdriver.common.proxy import Proxy, ProxyType
         from selenium.webdriver.remote.client_config import ClientConfig
         options = webdriver.ChromeOptions()
         options.page_load_strategy = "eager"
-        driver_path = find_driver(options, self.environ)
-        profile = os.path.join(tempfile.gettempdir(), f"upstox_tokens-{secrets.token_hex(8)}")
+        options.binary_location = browser_path
         for argument in self.arguments(profile):
             options.add_argument(argument)
-        self.keeper = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", KEEPER, profile, driver_path, "--port=0"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0), env=self.child_environ(profile))
+        # with a profile folder of its own Chromium would begin with its start page, from the network
+        options.add_experimental_option("prefs", {"session.restore_on_startup": 4,
+                                                  "session.startup_urls": ["about:blank"]})
         address = side_by_side([lambda: driver_address(self.keeper.stdout)], PAGE_SECONDS, "")[0]
         if not address:
             raise LoginFailed(f"chromedriver did not start. {INSTALL_BROWSER}", stops_run=True)
@@ -1157,15 +1160,14 @@ class Browser:
         from selenium.common.exceptions import WebDriverException
         ids = [name for pair in STEPS.values() for name in pair]
         with browser_faults():
-            url = self.driver.current_url
-            if self.arrived(url):
-                return View(url)
             try:
-                return View(url, **self.driver.execute_script(LOOK, ids, CAPTCHA))
+                view = View(**self.driver.execute_script(LOOK, ids, CAPTCHA))
+                if view.url.startswith("http"):
+                    return view
             except WebDriverException as error:
                 if re.search("session|crash|disconnected|not reachable|no such window", str(error.msg)):
                     raise
-                return View(url)
+            return View(self.driver.current_url)  # an error page does not know the address it stands for
 
     def wait(self, until: Callable[[View], object], seconds: float) -> View | None:
         """Look until the condition holds, less and less often; None when it does not in time."""
@@ -1208,18 +1210,18 @@ class Browser:
             keeper.stdout.close()
 
 
-def find_driver(options: Any, environ: Mapping[str, str]) -> str:
-    """The chromedriver on PATH, else what Selenium Manager finds or fetches."""
+def find_driver(environ: Mapping[str, str]) -> tuple[str, str]:
+    """Paths of driver and browser: the chromedriver on PATH, else what Selenium Manager finds or fetches."""
     if path := shutil.which("chromedriver", path=environ.get("PATH")):
-        return path
+        return path, ""
     from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.chrome.options import Options
     from selenium.webdriver.chrome.service import Service
     from selenium.webdriver.common.driver_finder import DriverFinder
     os.environ["SE_AVOID_STATS"] = "true"
     try:
-        finder = DriverFinder(Service(), options)
-        path, options.binary_location = finder.get_driver_path(), finder.get_browser_path()
-        return path
+        finder = DriverFinder(Service(), Options())
+        return finder.get_driver_path(), finder.get_browser_path()
     except WebDriverException:
         raise LoginFailed(f"there is no chromedriver, and none could be fetched. {INSTALL_BROWSER}",
                           stops_run=True) from None
@@ -1458,7 +1460,7 @@ class Reporter:
         """One app is through."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Outcome:
     """How one app fared: DONE, FAILED (tried), SKIPPED (not tried)."""
 
@@ -1521,7 +1523,7 @@ class Run:
         self.reporter.result(app.name, outcome)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Result:
     """How a run ended: every configured app's status, and the outcomes of those it generated for."""
 
@@ -1568,7 +1570,7 @@ class Session:
             raise DatabaseError(f"The database {run.path} cannot be used: {what}. Name a file with --db.")
         self.guard.acquire()
         try:
-            self.statuses = check_tokens(run.config, run.path, run.broker, run.now())
+            self.statuses = check_tokens(run.config, read_tokens(run.path), run.broker, run.now())
             names = choose(self.mode, self.named, self.statuses)
             self.chosen = [app for app in run.config.apps if app.name in names]
             if self.chosen:
@@ -1754,7 +1756,7 @@ def verify(run: Run, token: Token) -> Status:
 # ---- Flow V3: approval on the phone --------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Delivery:
     """What the broker POSTs to the notifier URL after an approval, checked for its form only."""
 
@@ -2080,17 +2082,18 @@ class Command:
                    "hidden": self.console.hidden}
         return Run(self.config, self.path, self.broker, reporter, source, **{**options, **changes})
 
-    def name_strangers(self) -> None:
+    def name_strangers(self, rows: Iterable[str]) -> None:
         """One line for rows that are none of ours."""
-        foreign = sorted(set(read_tokens(self.path)) - set(API_NAMES))
+        foreign = sorted(set(rows) - set(API_NAMES))
         if foreign and not self.args.quiet:
             self.console.log("Rows of unknown names are left untouched: "
                              + ", ".join(printable(name, 40) for name in foreign))
 
     def check_tokens(self) -> list[Status]:
         """Every app's status now."""
-        self.name_strangers()
-        return check_tokens(self.config, self.path, self.broker, self.now())
+        rows = read_tokens(self.path)
+        self.name_strangers(rows)
+        return check_tokens(self.config, rows, self.broker, self.now())
 
     def say_summary(self, statuses: Sequence[Status]) -> None:
         """Print the summary."""
@@ -2127,7 +2130,7 @@ class Command:
             named = parse_names(self.args.apis, self.names) if self.args.mode == "PARTIAL" else []
         except ValueError as error:
             raise ConfigError(f"--apis: {error}") from None
-        self.name_strangers()
+        self.name_strangers(read_tokens(self.path))
         result = self.generate("CLI", self.args.mode, named)
         if self.args.json:
             outcomes = [{"apiName": name, "state": outcome.state, "message": outcome.message}
@@ -2296,7 +2299,8 @@ class Service:
         with self.checking:
             checked, command = self.checked, self.command
             if checked is None or time.monotonic() - checked[0] > self.SHARED_SECONDS:
-                statuses = check_tokens(self.config, command.path, command.broker, command.now())
+                rows = read_tokens(command.path)
+                statuses = check_tokens(self.config, rows, command.broker, command.now())
                 checked = self.checked = (time.monotonic(), status_json(statuses, command.now()))
             return checked[1]
 
