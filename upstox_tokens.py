@@ -186,6 +186,7 @@ class LoginFailed(TokenError):
     operator: bool = False  # a person is needed
     hold: bool = False  # no unattended login from now on (AccountGuard)
     captcha: bool = False
+    unanswered: bool = False  # nobody knows what became of the secret that was sent
 
     def __str__(self) -> str:
         return self.text
@@ -540,14 +541,14 @@ def side_by_side(calls: Sequence[Callable[[], Any]], seconds: float, late: Any, 
         results[place] = calls[place]()
 
     threads = [threading.Thread(target=work, args=(place,), daemon=True) for place in range(len(calls))]
-    for thread in threads:
-        thread.start()
     end = time.monotonic() + seconds
     try:
         for thread in threads:
+            thread.start()
+        for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
     except BaseException:
-        for thread in threads:
+        for thread in filter(threading.Thread.is_alive, threads):
             thread.join(grace)
         raise
     return list(results)
@@ -1242,7 +1243,7 @@ LOCKED = LoginFailed("the account is locked after too many wrong PINs. Unlock it
 OTP_BLOCKED = LoginFailed("the broker blocked OTP entry for a while. Wait 10 minutes, then run again.",
                           stops_run=True)
 SESSION_LOST = LoginFailed("the broker ended the login session. Run again.")
-CONNECTION_LOST = LoginFailed("the login page lost its connection to the broker. Run again.")
+CONNECTION_LOST = LoginFailed("the login page lost its connection to the broker. Run again.", unanswered=True)
 PAGE_CODES = {  # what the page's error codes mean (facts/upstox-api.md 2)
     "1017016": LoginFailed("the broker does not know the mobile number. Correct UPSTOX_MOBILE_NUMBER.",
                            stops_run=True, operator=True),
@@ -1330,7 +1331,7 @@ class Login:
             raise PageFault("the page stayed blank")
         if view is None:
             raise LoginFailed(f"the login page did not go on within {seconds} s. Run again; if it stays so, "
-                              "look at it with --headed.")
+                              "look at it with --headed.", unanswered=True)
         if complaint := page_complaint(view, step):
             raise copy.copy(complaint)
         if view.step == "mobile" and self.under_way:
@@ -1400,6 +1401,7 @@ class Login:
             try:
                 view = self.next_step("otp", OUTCOME_SECONDS)
             except LoginFailed as refusal:
+                self.count_off("codes", refusal)
                 if not refusal.hold or self.guard.count("codes") >= self.guard.CODES:
                     raise
                 self.say("the broker refused the TOTP code; trying once more with the next one")
@@ -1412,6 +1414,11 @@ class Login:
         """What an earlier app of this run left unanswered must not be sent again."""
         if hold := self.guard.hold():
             raise LoginFailed(f"{hold}. Find out why, then start the menu.", stops_run=True, operator=True)
+
+    def count_off(self, key: str, failure: LoginFailed) -> None:
+        """An answer that is no refusal of the secret (a lost session, say) clears its count again."""
+        if not failure.hold and not failure.unanswered:
+            self.guard.save(**{key: 0})
 
     def fresh_code(self) -> str:
         """Wait for a window whose code was never sent, note it as sent, and give the code."""
@@ -1430,14 +1437,13 @@ class Login:
         self.fill("pin", self.run.config.pin)
         self.under_way |= self.submit("pin")
         self.say("PIN sent" if self.under_way else "the page left the PIN step by itself")
-        view = self.next_step("pin", OUTCOME_SECONDS)
-        if view.step and self.under_way:
-            raise copy.copy(SESSION_LOST)
+        try:
+            view = self.next_step("pin", OUTCOME_SECONDS)
+        except LoginFailed as failure:
+            self.count_off("pins", failure)
+            raise
         # a stale session goes back to the first step by itself, before the PIN went out
-        if view.step:
-            self.guard.save(pins=self.guard.count("pins") - 1)
-        else:
-            self.guard.save(pins=0, proven=True)
+        self.guard.save(pins=0, proven=self.browser.arrived(view.url) or self.guard.state.get("proven"))
         return view
 
 
@@ -1806,7 +1812,7 @@ class Webhook:
     give a profile of the same user. What cannot be proven now is kept and tried again until the request ends.
     """
 
-    KEPT, PAUSE, RETRY = 16, 0.1, 5.0  # deliveries kept per app; seconds between proofs, and to another try
+    KEPT, PAUSE, RETRY = 256, 0.1, 5.0  # deliveries kept per app; seconds between proofs, and to another try
 
     def __init__(self, config: Config, path: Path, broker: Broker, now: Callable[[], float],
                  told: Callable[[str], None]) -> None:
@@ -1899,13 +1905,12 @@ def approval_end(run: Run, app: App, answer: Answer) -> float:
     expiry = data.get("authorization_expiry") if isinstance(data, dict) else None
     if answer.code != 200 or not isinstance(expiry, str) or not re.fullmatch("[0-9]{13}", expiry):
         raise LoginFailed(f"no approval could be asked for: {explain(answer)}")
-    if data.get("notifier_url") != run.config.notifier:
-        address = printable(data.get("notifier_url"), 200)
-        run.reporter.step(app.name, f"warning: the broker will deliver to {address}, not to "
-                          f"UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them, here or on {APP_PAGE}")
     end = int(expiry) / 1000
-    until = local_text(min(end, run.now() + run.wait_seconds))[11:16]
-    run.reporter.step(app.name, f"waiting for approval on the phone until {until}")
+    text = f"waiting for approval on the phone until {local_text(min(end, run.now() + run.wait_seconds))[11:16]}"
+    if data.get("notifier_url") != run.config.notifier:
+        text += (f". Warning: the broker will deliver to {printable(data.get('notifier_url'), 200)}, not to "
+                 f"UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them, here or on {APP_PAGE}")
+    run.reporter.step(app.name, text)
     return end
 
 
@@ -2072,6 +2077,8 @@ class Command:
         self.now, self.sleep, self.path = now, sleep, find_database(args.db)
         self.names = [app.name for app in config.apps]
         self.broker = Broker(config.base_url)
+        if args.serve is not None:
+            serve_address(args.serve, config)
         console.hidden |= config.secrets()
 
     def new_run(self, source: str, reporter: Reporter, **changes: Any) -> Run:
@@ -2228,7 +2235,7 @@ class Command:
             try:
                 server = Server(self.args.serve or SERVE_ADDRESS, service, webhook_only=True)
                 stack.enter_context(server)
-            except ConfigError as error:
+            except AddressTaken as error:
                 self.console.log(f"This run cannot listen for deliveries; a running --serve must. {error}")
             else:
                 threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -2600,6 +2607,20 @@ tick();
 """
 
 
+class AddressTaken(ConfigError):
+    """Nothing can listen there."""
+
+
+def serve_address(text: str, config: Config) -> tuple[str, int]:
+    """(host, port) of HOST:PORT; beyond loopback only with a key."""
+    match = re.fullmatch(r"\[?([^\[\]/\s]+?)\]?:([0-9]{1,5})", text)
+    if not match or int(match[2]) > 65535:
+        raise ConfigError(f"--serve: {printable(text, 60)} is not HOST:PORT")
+    if not loopback(match[1].lower()) and not config.serve_key:
+        raise ConfigError("UPSTOX_SERVE_KEY: is not set; serving beyond loopback needs it")
+    return match[1].lower(), int(match[2])
+
+
 class Server(http.server.ThreadingHTTPServer):
     """A thread per connection, with a limit on how many and for how long."""
 
@@ -2608,20 +2629,16 @@ class Server(http.server.ThreadingHTTPServer):
     MOST, SECONDS = 500, 60.0
 
     def __init__(self, address: str, service: Service, webhook_only: bool = False) -> None:
-        match = re.fullmatch(r"\[?([^\[\]/\s]+?)\]?:([0-9]{1,5})", address)
-        if not match or int(match[2]) > 65535:
-            raise ConfigError(f"--serve: {printable(address, 60)} is not HOST:PORT")
-        self.service, self.webhook_only, self.host = service, webhook_only, match[1].lower()
-        if not loopback(self.host) and not service.config.serve_key:
-            raise ConfigError("UPSTOX_SERVE_KEY: is not set; serving beyond loopback needs it")
+        self.service, self.webhook_only = service, webhook_only
+        self.host, port = serve_address(address, service.config)
         self.since: dict[Any, float] = {}
         self.address_family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
-            super().__init__((self.host, int(match[2])), Handler)
+            super().__init__((self.host, port), Handler)
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or "not an address"
-            raise ConfigError(f"--serve: cannot listen on {address}: {reason}. "
-                              "Choose another port, or end what uses it.") from None
+            raise AddressTaken(f"--serve: cannot listen on {address}: {reason}. "
+                               "Choose another port, or end what uses it.") from None
         self.url = f"http://{address.rpartition(':')[0]}:{self.server_address[1]}/"
 
     def server_bind(self) -> None:
@@ -2867,9 +2884,9 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> a
     """Options that fit together, or exit 2 with one sentence."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    verbs = [args.status, args.mode, args.serve, args.check, args.import_config]
+    verbs = [args.status, bool(args.mode), args.serve is not None, args.check, args.import_config]
     listening = args.mode and args.serve and args.flow == "V3"  # then --serve is where the run itself listens
-    if sum(map(bool, verbs)) > 1 + bool(listening):
+    if sum(verbs) > 1 + bool(listening):
         parser.error("choose one of --status, --mode, --serve, --check and --import-config")
     if (args.mode == "PARTIAL") != (args.apis is not None):
         parser.error("--mode PARTIAL and --apis go together")
@@ -2946,7 +2963,7 @@ def main(argv: Sequence[str] | None = None, *, out: TextIO | None = None, err: T
             console.quiet = args.quiet
             command = Command(args, load_config(args, environ), console, environ, now, sleep)
             verb = next((verb for verb in ("status", "mode", "serve", "check", "import_config")
-                         if getattr(args, verb)), "menu")
+                         if getattr(args, verb) not in (None, False)), "menu")
             return getattr(command, verb)()
     except TokenError as error:
         for line in str(error).splitlines():
