@@ -1416,9 +1416,9 @@ class Login:
             raise LoginFailed(f"{hold}. Find out why, then start the menu.", stops_run=True, operator=True)
 
     def count_off(self, key: str, failure: LoginFailed) -> None:
-        """An answer that is no refusal of the secret (a lost session, say) clears its count again."""
+        """An answer that is no refusal of the secret (a lost session, say) takes back its count."""
         if not failure.hold and not failure.unanswered:
-            self.guard.save(**{key: 0})
+            self.guard.save(**{key: self.guard.count(key) - 1})
 
     def fresh_code(self) -> str:
         """Wait for a window whose code was never sent, note it as sent, and give the code."""
@@ -1442,8 +1442,10 @@ class Login:
         except LoginFailed as failure:
             self.count_off("pins", failure)
             raise
-        # a stale session goes back to the first step by itself, before the PIN went out
-        self.guard.save(pins=0, proven=self.browser.arrived(view.url) or self.guard.state.get("proven"))
+        if view.step:  # a stale session went back to the first step by itself, before the PIN went out
+            self.guard.save(pins=self.guard.count("pins") - 1)
+        else:
+            self.guard.save(pins=0, proven=True)
         return view
 
 
