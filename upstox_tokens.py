@@ -421,7 +421,10 @@ def build_config(settings: Mapping[str, str], problems: Sequence[str], needed: S
     found = [f"{key}: is not set" for key in needed if key not in settings]
     found += [f"{key}: {text}" for key, (fits, text) in RULES.items()
               if key in settings and not fits(settings[key])]
-    found += check_apps(raw, label) if enabled or not raw else ["upstox_api_configs: no row is enabled"]
+    if stored is not None and not enabled:
+        found.append("upstox_api_configs: no row is enabled. Fill the table with --import-config.")
+    else:
+        found += check_apps(raw, label)
     if problems or found:
         raise ConfigError(*problems, *found)
     apps = tuple(App(app["index"], app["api_name"], app["client_id"], app["client_secret"],
@@ -476,13 +479,13 @@ def parse_time(value: object) -> float | None:
 
 def parse_created(value: object) -> float | None:
     """Epoch seconds of a created_at in any form that writers of SQLite leave (facts/measured.md 1)."""
-    with contextlib.suppress(ValueError, TypeError):
+    try:
         number = float(value)
-        if 0 < number < 1e16:
-            julian = isinstance(value, float) and number < 1e7
-            return (number - 2440587.5) * 86400 if julian else number / 1000 if number >= 1e11 else number
-        return None
-    return parse_time(value)
+        julian = isinstance(value, float) and number < 1e7
+        moment = (number - 2440587.5) * 86400 if julian else number / 1000 if number >= 1e11 else number
+    except (ValueError, TypeError):
+        moment = parse_time(value)
+    return moment if moment is not None and 0 < moment < 1e10 else None  # beyond: no date that anyone meant
 
 
 # ---- The broker's HTTP API -----------------------------------------------------------------------
@@ -736,7 +739,7 @@ def prove_writable(path: Path, apps: Iterable[App], now: float) -> None:
     """The real DELETE and INSERT for each app, rolled back: no login for a database that refuses tokens."""
     with transaction(path, PROOF_SECONDS) as connection:
         for app in apps:
-            upsert(connection, token_row(app, "x" * 2000, now, now + 1))
+            upsert(connection, token_row(app, app.name.ljust(2000, "x"), now, now + 1))
         connection.rollback()
 
 
@@ -774,8 +777,6 @@ def stored_apps(path: Path) -> list[dict[str, Any]]:
     """The raw fields of the rows of upstox_api_configs."""
     rows = select(path, "SELECT api_index, api_name, client_id, client_secret, redirect_uri, is_enabled "
                         "FROM upstox_api_configs ORDER BY api_index")
-    if not rows:
-        raise ConfigError(f"upstox_api_configs: no rows in {path}. Fill it with --import-config.")
     names = ("api_name", "client_id", "client_secret", "redirect_uri")
     return [{"index": index if isinstance(index, int) else -1,
              "enabled": str(enabled).lower() in ("1", "true"),
@@ -785,7 +786,11 @@ def stored_apps(path: Path) -> list[dict[str, Any]]:
 
 def find_database(db: str | os.PathLike | None) -> Path:
     """--db, else an existing vega_trade.db here or beside the script, else one to be created here."""
-    return Path(db) if db else first_existing(DATABASE_NAME) or here() / DATABASE_NAME
+    path = Path(db) if db else first_existing(DATABASE_NAME) or here() / DATABASE_NAME
+    if path.is_dir() or not path.exists() and (path.is_symlink() or not path.absolute().parent.is_dir()):
+        what = "it is a folder" if path.is_dir() else "its folder does not exist"
+        raise DatabaseError(f"The database {path} cannot be used: {what}. Name a file with --db.")
+    return path
 
 
 # ---- Status of a token: time, then the broker's profile answer -----------------------------------
@@ -1573,9 +1578,6 @@ class Session:
     def begin(self) -> None:
         """Lock, read the statuses again, prove that the database can take the tokens; raises TokenError."""
         run = self.run
-        if run.path.is_dir() or not run.path.absolute().parent.is_dir():
-            what = "it is a folder" if run.path.is_dir() else "its folder does not exist"
-            raise DatabaseError(f"The database {run.path} cannot be used: {what}. Name a file with --db.")
         self.guard.acquire()
         try:
             self.statuses = check_tokens(run.config, read_tokens(run.path), run.broker, run.now())
@@ -1945,14 +1947,16 @@ def await_deliveries(run: Run, before: Mapping[str, Token], ends: dict[App, floa
 # ---- Telling the operator, and asking ------------------------------------------------------------
 
 
-def write(stream: TextIO, text: str) -> None:
+def write(stream: TextIO, text: str) -> bool:
     """Write at once; a reader that went away (`| head`) or a full disk must not stop a run."""
     try:
         stream.write(text)
         stream.flush()
+        return True
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):  # or the interpreter complains again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
 
 
 class Console(Reporter):
@@ -1960,7 +1964,7 @@ class Console(Reporter):
 
     def __init__(self, out: TextIO, err: TextIO, ask: Callable[[str], str]) -> None:
         self.out, self.err, self.ask = out, err, ask
-        self.quiet = self.counting = False
+        self.quiet = self.counting = self.lost = False
         self.hidden: set[str] = set()
         self.places: dict[str, str] = {}
 
@@ -1970,7 +1974,7 @@ class Console(Reporter):
 
     def say(self, *lines: str) -> None:
         """Lines of the result."""
-        write(self.out, "".join(f"{line}\n" for line in lines))
+        self.lost |= not write(self.out, "".join(f"{line}\n" for line in lines))
 
     def log(self, text: str) -> None:
         """A line of progress or an error."""
@@ -2055,11 +2059,12 @@ def ask_action(console: Console, configured: Sequence[str]) -> tuple[str, list[s
     if answer != "3":
         return MODES[int(answer) - 1], []
     console.say("  ".join(f"{number}. {name}" for number, name in enumerate(configured, 1)))
-    while True:
+    while (answer := console.ask("APIs (names or numbers): ")).strip().lower() != "q":
         try:
-            return "PARTIAL", parse_names(console.ask("APIs (names or numbers): "), configured, numbers=True)
+            return "PARTIAL", parse_names(answer, configured, numbers=True)
         except ValueError as error:
             console.say(f"{error}.")
+    return None
 
 
 def has_display(environ: Mapping[str, str]) -> bool:
@@ -2948,7 +2953,8 @@ def ask_on_terminal(prompt: str) -> str:
     """input(), with EOFError where nobody can be asked."""
     if sys.stdin is None or sys.stdout is None:
         raise EOFError
-    open_stream(sys.stdin)
+    with contextlib.suppress(OSError):  # can only be done before the first read
+        open_stream(sys.stdin)
     return input(prompt)
 
 
@@ -2966,7 +2972,8 @@ def main(argv: Sequence[str] | None = None, *, out: TextIO | None = None, err: T
             command = Command(args, load_config(args, environ), console, environ, now, sleep)
             verb = next((verb for verb in ("status", "mode", "serve", "check", "import_config")
                          if getattr(args, verb) not in (None, False)), "menu")
-            return getattr(command, verb)()
+            code = getattr(command, verb)()
+            return code or (NOT_VALID if console.lost else OK)  # a result that nobody got is no success
     except TokenError as error:
         for line in str(error).splitlines():
             console.log(f"error: {line}")
