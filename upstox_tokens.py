@@ -1822,15 +1822,16 @@ class Webhook:
                  told: Callable[[str], None]) -> None:
         self.config, self.path, self.broker, self.now, self.told = config, path, broker, now, told
         self.queues: dict[str, deque[Delivery]] = {app.name: deque(maxlen=self.KEPT) for app in config.apps}
-        self.arrived, self.ended = threading.Event(), False
+        self.arrived, self.ended, self.lock = threading.Event(), False, threading.Lock()
         threading.Thread(target=self.work, daemon=True).start()
 
     def receive(self, body: bytes) -> None:
         """Keep what may be a delivery; the sender learns nothing about it."""
         delivery = parse_delivery(body, self.config, self.now())
-        if delivery and delivery not in self.queues[delivery.app.name]:
-            self.queues[delivery.app.name].append(delivery)
-            self.arrived.set()
+        with self.lock:
+            if delivery and delivery not in self.queues[delivery.app.name]:
+                self.queues[delivery.app.name].append(delivery)
+                self.arrived.set()
 
     def work(self) -> None:
         """Prove and store until the program ends."""
@@ -1839,9 +1840,11 @@ class Webhook:
             self.arrived.clear()
             for queue in self.queues.values():
                 for _ in range(len(queue)):
-                    delivery = queue.pop()
+                    with self.lock:
+                        delivery = queue.pop()
                     if not self.settled(delivery):
-                        queue.appendleft(delivery)
+                        with self.lock:
+                            queue.appendleft(delivery)
                     time.sleep(self.PAUSE)
 
     def settled(self, delivery: Delivery) -> bool:
@@ -1859,6 +1862,9 @@ class Webhook:
         except DatabaseError as error:
             self.told(f"{name}: a delivered token cannot be stored yet, trying again. {error}")
             return False
+        except Exception as error:  # a bug must not end the thread that all later deliveries need
+            self.told(f"{name}: a delivery was dropped, internal error {type(error).__name__}")
+            return True
         if stored:
             self.told(f"{name}: approved on the phone, token stored")
         return True
@@ -1868,7 +1874,9 @@ class Webhook:
         now, name = self.now(), delivery.app.name
         with transaction(self.path) as connection:
             connection.execute(AUDIT_DDL)
-            fits = (now < approvable_until(connection, name)
+            known = connection.execute("SELECT 1 FROM upstox_tokens WHERE api_name = ? AND access_token = ?",
+                                       (name, delivery.access_token)).fetchone()  # delivered before: a replay
+            fits = (not known and now < approvable_until(connection, name)
                     and account_owner(connection) in ("", delivery.user_id))
             if fits and store:
                 upsert(connection, token_row(delivery.app, delivery.access_token, now, delivery.valid_until))
@@ -2298,25 +2306,25 @@ class Service:
         self.command, self.config = command, command.config
         self.jobs: dict[str, Job] = {}
         self.thread: threading.Thread | None = None
-        self.stopping = False
+        self.stopping, self.changes = False, 0
         self.checking = threading.Lock()
-        self.checked: tuple[float, dict[str, Any]] | None = None
+        self.checked: tuple[float, int, dict[str, Any]] = (0.0, -1, {})  # when, after how many changes, what
         self.webhook = Webhook(self.config, command.path, command.broker, command.now, self.told)
 
     def told(self, text: str) -> None:
         """A delivery changed the database: the next status must show it."""
-        self.checked = None
+        self.changes += 1
         self.command.console.log(text)
 
     def status(self) -> dict[str, Any]:
         """One check for all who ask at the same time; one younger than 5 s is used again."""
         with self.checking:
-            checked, command = self.checked, self.command
-            if checked is None or time.monotonic() - checked[0] > self.SHARED_SECONDS:
+            command, changes = self.command, self.changes
+            if changes != self.checked[1] or time.monotonic() - self.checked[0] > self.SHARED_SECONDS:
                 rows = read_tokens(command.path)
                 statuses = check_tokens(self.config, rows, command.broker, command.now())
-                checked = self.checked = (time.monotonic(), status_json(statuses, command.now()))
-            return checked[1]
+                self.checked = (time.monotonic(), changes, status_json(statuses, command.now()))
+            return self.checked[2]
 
     def generate(self, body: Any) -> Job:
         """Start a run in a thread of its own; raises when another is busy or the request makes no sense."""
@@ -2360,7 +2368,7 @@ class Service:
         except TokenError as error:
             message = str(error)
         finally:
-            self.checked = None
+            self.changes += 1
             job.message, job.state = message, state
 
     def close(self) -> None:
