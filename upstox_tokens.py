@@ -1091,7 +1091,10 @@ class Browser:
     def start(self) -> None:
         """Start driver and browser, or LoginFailed with what is missing."""
         driver_path, browser_path = find_driver(self.environ)
-        profile = os.path.join(tempfile.gettempdir(), f"upstox_tokens-{secrets.token_hex(8)}")
+        folder = tempfile.gettempdir()
+        if os.name == "posix" and len(folder) > 50:
+            folder = "/tmp"  # Chromium puts a socket there, whose path must stay short
+        profile = os.path.join(folder, f"upstox_tokens-{secrets.token_hex(8)}")
         self.keeper = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", KEEPER, profile, driver_path, "--port=0"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
