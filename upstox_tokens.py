@@ -538,21 +538,25 @@ def side_by_side(calls: Sequence[Callable[[], Any]], seconds: float, late: Any, 
     urllib's own timeout is per socket operation and never ends a dripping answer; a daemon thread that is
     still reading then does not keep the program alive. A signal goes on after `grace` seconds for the calls.
     """
-    results = [late] * len(calls)
+    results, ended = [late] * len(calls), [threading.Event() for _ in calls]
 
     def work(place: int) -> None:
-        results[place] = calls[place]()
+        try:
+            results[place] = calls[place]()
+        finally:
+            ended[place].set()
 
-    threads = [threading.Thread(target=work, args=(place,), daemon=True) for place in range(len(calls))]
-    end = time.monotonic() + seconds
+    def wait(limit: float) -> None:  # by event: after an interrupted join a thread counts as ended (Python 3.11)
+        end = time.monotonic() + limit
+        for event in ended:
+            event.wait(max(0.0, end - time.monotonic()))
+
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))
+        for place in range(len(calls)):
+            threading.Thread(target=work, args=(place,), daemon=True).start()
+        wait(seconds)
     except BaseException:
-        for thread in filter(threading.Thread.is_alive, threads):
-            thread.join(grace)
+        wait(grace)
         raise
     return list(results)
 
@@ -919,6 +923,9 @@ class AccountGuard:
     def release(self) -> None:
         """Give the lock back; the file stays, since removing it would race with the next run."""
         if self.handle is not None:
+            with contextlib.suppress(ImportError):  # a child just being forked may hold the file open a little longer
+                import fcntl
+                fcntl.flock(self.handle, fcntl.LOCK_UN)
             os.close(self.handle)
             self.handle = None
 
