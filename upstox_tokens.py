@@ -546,7 +546,7 @@ def side_by_side(calls: Sequence[Callable[[], Any]], seconds: float, late: Any, 
         finally:
             ended[place].set()
 
-    def wait(limit: float) -> None:  # by event: after an interrupted join a thread counts as ended (Python 3.11)
+    def wait(limit: float) -> None:  # by event: an interrupted join makes a thread count as ended (3.11)
         end = time.monotonic() + limit
         for event in ended:
             event.wait(max(0.0, end - time.monotonic()))
@@ -923,7 +923,7 @@ class AccountGuard:
     def release(self) -> None:
         """Give the lock back; the file stays, since removing it would race with the next run."""
         if self.handle is not None:
-            with contextlib.suppress(ImportError):  # a child just being forked may hold the file open a little longer
+            with contextlib.suppress(ImportError):  # a child just being forked may hold the file open
                 import fcntl
                 fcntl.flock(self.handle, fcntl.LOCK_UN)
             os.close(self.handle)
@@ -941,9 +941,18 @@ class AccountGuard:
     def save(self, **changes: Any) -> None:
         """Write through to the disk, in one write, before what is noted happens."""
         self.state.update(changes)
-        os.lseek(self.handle, 0, os.SEEK_SET)
-        os.write(self.handle, json.dumps(self.state).encode().ljust(1024))  # covers any earlier, longer text
-        os.fsync(self.handle)
+        try:
+            os.lseek(self.handle, 0, os.SEEK_SET)
+            os.write(self.handle, json.dumps(self.state).encode().ljust(1024))  # covers any longer text
+            os.fsync(self.handle)
+        except OSError as error:
+            raise LoginFailed(f"{self.path} cannot be written: {error.strerror}. Nothing is sent that cannot "
+                              "be noted first.", stops_run=True) from None
+
+    def ease(self, **changes: Any) -> None:
+        """Save what only loosens the counts, or explains them: a failure leaves them strict."""
+        with contextlib.suppress(LoginFailed):
+            self.save(**changes)
 
     def count(self, key: str) -> int:
         """A number: codes or pins sent since the broker last took one, or the window of the last code."""
@@ -1422,7 +1431,7 @@ class Login:
                 self.say("the broker refused the TOTP code; trying once more with the next one")
                 self.browser.wait(lambda v: not v.toast()[1], 10)  # or it would be taken for the next answer
                 continue
-            self.guard.save(codes=0)
+            self.guard.ease(codes=0)
             return view
 
     def check_hold(self) -> None:
@@ -1433,7 +1442,7 @@ class Login:
     def count_off(self, key: str, failure: LoginFailed) -> None:
         """An answer that is no refusal of the secret (a lost session, say) takes back its count."""
         if not failure.hold and not failure.unanswered:
-            self.guard.save(**{key: self.guard.count(key) - 1})
+            self.guard.ease(**{key: self.guard.count(key) - 1})
 
     def fresh_code(self) -> str:
         """Wait for a window whose code was never sent, note it as sent, and give the code."""
@@ -1458,9 +1467,9 @@ class Login:
             self.count_off("pins", failure)
             raise
         if view.step:  # a stale session went back to the first step by itself, before the PIN went out
-            self.guard.save(pins=self.guard.count("pins") - 1)
+            self.guard.ease(pins=self.guard.count("pins") - 1)
         else:
-            self.guard.save(pins=0, proven=True)
+            self.guard.ease(pins=0, proven=True)
         return view
 
 
@@ -1607,7 +1616,8 @@ class Session:
         """A line that names what INVALID_ONLY leaves alone, since nobody knows whether it is valid."""
         unknown = [status.api_name for status in self.statuses if status.word == "UNKNOWN"]
         say = self.mode == "INVALID_ONLY" and unknown
-        return [f"Not generated, since the broker could not be asked about it: {', '.join(unknown)}."] if say else []
+        line = f"Not generated, since the broker could not be asked about it: {', '.join(unknown)}."
+        return [line] if say else []
 
     def finish(self) -> Result:
         """Generate for the chosen apps, whatever happens to single ones."""
@@ -1644,7 +1654,7 @@ def generate_by_browser(run: Run, apps: Sequence[App], guard: AccountGuard) -> N
                 run.operator |= failure.operator
                 run.captcha |= failure.captcha
                 if failure.hold:
-                    guard.save(hold=f"{redact(failure.text, run.hidden)} ({local_text(run.now())})")
+                    guard.ease(hold=f"{redact(failure.text, run.hidden)} ({local_text(run.now())})")
                 if failure.stops_run:
                     blocker = f"the run stopped at {app.name}"
                 run.settle(app, Outcome("FAILED", failure.text))
@@ -1654,7 +1664,7 @@ def hold_reason(run: Run, guard: AccountGuard) -> str:
     """Why no login may be tried now, or an empty text; an operator may lift it."""
     hold = guard.hold()
     if hold and run.go_ahead and run.go_ahead(hold):
-        guard.save(hold="", pins=0, codes=0)
+        guard.ease(hold="", pins=0, codes=0)
         return ""
     return hold and (f"{hold.rstrip('.')}. No unattended login until PIN, TOTP secret or mobile number in "
                      "the configuration changes, or an operator goes ahead from the menu.")
@@ -1928,7 +1938,8 @@ def approval_end(run: Run, app: App, answer: Answer) -> float:
     if answer.code != 200 or not isinstance(expiry, str) or not re.fullmatch("[0-9]{13}", expiry):
         raise LoginFailed(f"no approval could be asked for: {explain(answer)}")
     end = int(expiry) / 1000
-    text = f"waiting for approval on the phone until {local_text(min(end, run.now() + run.wait_seconds))[11:16]}"
+    until = local_text(min(end, run.now() + run.wait_seconds))[11:16]
+    text = f"waiting for approval on the phone until {until}"
     if data.get("notifier_url") != run.config.notifier:
         text += (f". Warning: the broker will deliver to {printable(data.get('notifier_url'), 200)}, not to "
                  f"UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them, here or on {APP_PAGE}")
@@ -2363,7 +2374,8 @@ class Service:
         if bool(names) != (mode == "PARTIAL"):
             raise HttpError(400, "apiNames are needed for mode PARTIAL, and only there")
         if unknown := [name for name in names if name not in self.command.names]:
-            raise HttpError(400, f"apiNames: {printable(unknown[0], 40)} is not one of {', '.join(self.command.names)}")
+            known = ", ".join(self.command.names)
+            raise HttpError(400, f"apiNames: {printable(unknown[0], 40)} is not one of {known}")
         return mode, names, flow
 
     def finish(self, session: Session, job: Job) -> None:
