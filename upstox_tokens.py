@@ -1371,31 +1371,39 @@ class Login:
                 return
         raise LoginFailed(f"the login page did not take what was typed ({step}). Run again.")
 
-    def submit(self, step: str) -> bool:
-        """Press the step's button once it can be pressed; False when the page moved on by itself."""
+    def press(self, step: str, text: str) -> tuple[bool, View | None]:
+        """(whether the step's button was pressed, the last look): wait for it while the field holds the text."""
         pressed = False
 
         def done(view: View) -> object:
             nonlocal pressed
-            if view.value(step) in (None, "") or page_complaint(view, step):
+            if view.value(step) != text or page_complaint(view, step) or view.captcha and not view.ready(step):
                 return True
             pressed = view.ready(step) and self.browser.press(step)
             return pressed
 
-        self.browser.wait(done, PAGE_SECONDS)
-        return pressed
+        view = self.browser.wait(done, PAGE_SECONDS)
+        return pressed, view
+
+    def enter(self, step: str, text: str) -> bool:
+        """Type and press, again where the page lost what was typed; False when it moved on by itself."""
+        for _ in range(5):
+            self.fill(step, text)
+            pressed, view = self.press(step, text)
+            if pressed:
+                return True
+            if view is None:
+                raise LoginFailed(f"the page's button stayed disabled ({step}). Run again; if it stays so, look at "
+                                  "it with --headed.", unanswered=True)
+            if view.value(step) is None or page_complaint(view, step):
+                return False
+            if view.captcha and not view.ready(step):
+                self.wait_for_captcha()
+        raise LoginFailed(f"the login page did not keep what was typed ({step}). Run again.")
 
     def enter_mobile(self) -> View:
         """Mobile number, then Get OTP, which a CAPTCHA may keep disabled."""
-        self.fill("mobile", self.run.config.mobile)
-        view = self.browser.wait(lambda v: v.ready("mobile") or v.captcha, PAGE_SECONDS)
-        if not view:
-            raise LoginFailed("the Get OTP button stayed disabled. Run again; if it stays so, look at it "
-                              "with --headed.")
-        if not view.ready("mobile"):
-            self.wait_for_captcha()
-        self.under_way = True
-        self.submit("mobile")
+        self.under_way |= self.enter("mobile", self.run.config.mobile)
         self.say("asked for the OTP step")
         return self.next_step("mobile", OUTCOME_SECONDS)
 
@@ -1419,8 +1427,7 @@ class Login:
         """A code that was never sent before; if it is refused, one more from the next window."""
         while True:
             self.check_hold()
-            self.fill("otp", self.fresh_code())
-            self.submit("otp")
+            self.enter("otp", self.fresh_code())
             self.say("TOTP code sent")
             try:
                 view = self.next_step("otp", OUTCOME_SECONDS)
@@ -1458,8 +1465,7 @@ class Login:
         """The PIN, once. It is noted before it is typed, so that even a killed run is remembered."""
         self.check_hold()
         self.guard.save(pins=self.guard.count("pins") + 1)
-        self.fill("pin", self.run.config.pin)
-        self.under_way |= self.submit("pin")
+        self.under_way |= self.enter("pin", self.run.config.pin)
         self.say("PIN sent" if self.under_way else "the page left the PIN step by itself")
         try:
             view = self.next_step("pin", OUTCOME_SECONDS)
