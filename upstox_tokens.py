@@ -36,6 +36,7 @@ import http.client
 import http.server
 import importlib.util
 import json
+import logging
 import os
 import re
 import secrets
@@ -539,10 +540,13 @@ def side_by_side(calls: Sequence[Callable[[], Any]], seconds: float, late: Any, 
     still reading then does not keep the program alive. A signal goes on after `grace` seconds for the calls.
     """
     results, ended = [late] * len(calls), [threading.Event() for _ in calls]
+    bugs: list[Exception] = []
 
     def work(place: int) -> None:
         try:
             results[place] = calls[place]()
+        except Exception as error:
+            bugs.append(error)
         finally:
             ended[place].set()
 
@@ -558,6 +562,8 @@ def side_by_side(calls: Sequence[Callable[[], Any]], seconds: float, late: Any, 
     except BaseException:
         wait(grace)
         raise
+    if bugs:
+        raise bugs[0]
     return list(results)
 
 
@@ -1115,10 +1121,13 @@ class Browser:
             [sys.executable, "-I", "-S", "-c", KEEPER, profile, driver_path, "--port=0"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0), env=self.child_environ(profile))
+        os.environ.pop("SE_DEBUG", None)
         from selenium import webdriver  # takes a while to import: time for the driver to start
         from selenium.common.exceptions import WebDriverException
         from selenium.webdriver.common.proxy import Proxy, ProxyType
         from selenium.webdriver.remote.client_config import ClientConfig
+        for name in ("selenium", "urllib3"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # their debug log quotes every key typed
         options = webdriver.ChromeOptions()
         options.page_load_strategy = "eager"
         options.binary_location = browser_path
@@ -1129,7 +1138,7 @@ class Browser:
                                                   "session.startup_urls": ["about:blank"]})
         address = side_by_side([lambda: driver_address(self.keeper.stdout)], PAGE_SECONDS, "")[0]
         if not address:
-            raise LoginFailed(f"chromedriver did not start. {INSTALL_BROWSER}", stops_run=True)
+            raise PageFault("chromedriver did not start")
         # straight to the driver: a proxy would read every key typed
         config = ClientConfig(address, timeout=OUTCOME_SECONDS, proxy=Proxy({"proxyType": ProxyType.DIRECT}))
         with browser_faults():
@@ -1162,7 +1171,8 @@ class Browser:
         for key in ("no_proxy", "NO_PROXY"):
             environ[key] = ",".join(filter(None, [environ.get(key), *hosts]))
         # what Chromium leaves in the temporary folder goes with the profile
-        return {**environ, "TMPDIR": profile} if sys.platform == "linux" else environ
+        own = {"TMPDIR": profile, "BREAKPAD_DUMP_LOCATION": profile} if sys.platform == "linux" else {}
+        return environ | own
 
     def open(self, url: str) -> None:
         """Load a page. Ending at the unreachable redirect URI is arrival, not a fault."""
@@ -1372,12 +1382,13 @@ class Login:
         raise LoginFailed(f"the login page did not take what was typed ({step}). Run again.")
 
     def press(self, step: str, text: str) -> tuple[bool, View | None]:
-        """(whether the step's button was pressed, the last look): wait for it while the field holds the text."""
+        """(whether the step's button was pressed, the last look), once it can be, while the text stays."""
         pressed = False
 
         def done(view: View) -> object:
             nonlocal pressed
-            if view.value(step) != text or page_complaint(view, step) or view.captcha and not view.ready(step):
+            captcha = view.captcha and not view.ready(step)
+            if view.value(step) != text or page_complaint(view, step) or captcha:
                 return True
             pressed = view.ready(step) and self.browser.press(step)
             return pressed
@@ -1393,8 +1404,8 @@ class Login:
             if pressed:
                 return True
             if view is None:
-                raise LoginFailed(f"the page's button stayed disabled ({step}). Run again; if it stays so, look at "
-                                  "it with --headed.", unanswered=True)
+                raise LoginFailed(f"the page's button stayed disabled ({step}). Run again; if it stays so, look "
+                                  "at it with --headed.", unanswered=True)
             if view.value(step) is None or page_complaint(view, step):
                 return False
             if view.captcha and not view.ready(step):
@@ -3020,6 +3031,10 @@ def main(argv: Sequence[str] | None = None, *, out: TextIO | None = None, err: T
     except SystemExit as stop:  # argparse has said what is wrong
         return stop.code if isinstance(stop.code, int) else USAGE
     except Exception as error:  # a bug: its text may hold anything, so only where it is
+        cause: BaseException | None = error
+        while cause := cause.__cause__ or cause.__context__:
+            if isinstance(cause, Stopped):  # before Python 3.12 a class being made wraps what interrupts it
+                return cause.exit_code
         place = error.__traceback__ and list(traceback.walk_tb(error.__traceback__))[-1][1]
         console.log(f"error: internal error, {type(error).__name__} at line {place}. Please report it.")
         return NOT_VALID
