@@ -1404,8 +1404,8 @@ class Login:
             if pressed:
                 return True
             if view is None:
-                raise LoginFailed(f"the page's button stayed disabled ({step}). Run again; if it stays so, look "
-                                  "at it with --headed.", unanswered=True)
+                raise LoginFailed(f"the page's button stayed disabled ({step}). Run again; if it stays so, "
+                                  "look at it with --headed.", unanswered=True)
             if view.value(step) is None or page_complaint(view, step):
                 return False
             if view.captcha and not view.ready(step):
