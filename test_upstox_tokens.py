@@ -4622,6 +4622,124 @@ class StrangerTest(PhoneCase):
         self.until(lambda: self.stored("PRIMARY", body["access_token"]))
 
 
+# ---- the dashboard, as a person uses it
+
+
+@unittest.skipIf(missing_for_browser() and not os.environ.get("CI"), "no browser on this machine")
+class DashboardTest(PhoneCase):
+    """Runs by flow V3, so that the only browser is the one that shows the page."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+        options = webdriver.ChromeOptions()
+        for argument in ("--headless=new", "--no-sandbox", "--disable-background-networking"):
+            options.add_argument(argument)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.page = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+        self.addCleanup(self.page.quit)
+
+    def show(self, width: int) -> None:
+        self.page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+            "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500})
+        self.page.get(f"http://{self.at}/")
+
+    def find(self, css: str) -> Any:
+        return self.page.find_element("css selector", css)
+
+    def text(self, css: str) -> str:
+        return self.page.execute_script("return document.querySelector(arguments[0])?.innerText || ''", css)
+
+    def until_text(self, css: str, pattern: str) -> None:
+        self.until(lambda: re.search(pattern, self.text(css), re.S), 30)
+
+    def shown(self, css: str) -> bool:
+        return self.find(css).is_displayed()
+
+    def assert_calm(self) -> None:
+        """Nothing sticks out sideways, and no policy was violated."""
+        wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        self.assertLessEqual(self.page.execute_script(wide), 0)
+        log = [entry["message"] for entry in self.page.get_log("browser")]
+        self.assertEqual([line for line in log if "Content Security" in line or "Uncaught" in line], [])
+
+    def test_a_morning(self) -> None:
+        for width in (1280, 390):
+            with self.subTest(width):
+                self.sql("DROP TABLE IF EXISTS upstox_tokens")
+                self.seed_guide()
+                self.serve(limits={"Service.SHARED_SECONDS": 0.0, "Webhook.RETRY": 0.2})
+                self.show(width)
+                self.until_text("#summary", "3 of 6 tokens need generating")
+                for name, words in GUIDE_WORDS.items():
+                    self.until_text(f"tr[data-api={name}] .status", f"^{re.escape(words)}$")
+                self.generate_missing()
+                self.force_all_is_asked_first()
+                self.server_goes_and_comes()
+                self.assert_calm()
+                self.stop()
+
+    def generate_missing(self) -> None:
+        """Live progress, a reload in the middle, and the sentence at the end."""
+        self.find("#flow option[value=V3]").click()
+        self.find("#missing").click()
+        row = "tr[data-api=WEBSOCKET3]"
+        self.until_text(f"{row} .job", "waiting for approval on the phone until [0-9][0-9]:[0-9][0-9]")
+        self.assertFalse(self.find("#missing").is_enabled())
+        self.page.refresh()
+        self.until_text(f"{row} .job", "waiting for approval")
+        for name in ("WEBSOCKET2", "WEBSOCKET3", "OPTIONCHAIN2"):
+            self.broker.approve(name)
+        self.until_text("#summary", "All 6 tokens are valid until 03:30|valid until")
+        self.until_text("#notice", "3 of 3 generated")
+        self.assertEqual(self.find(row).get_attribute("data-job"), "DONE")
+
+    def force_all_is_asked_first(self) -> None:
+        """The dialog names the danger and starts on Cancel; a tick box and its button work by keyboard."""
+        from selenium.webdriver.common.keys import Keys
+        asked = self.broker.count("v3")
+        self.find("#all").click()
+        self.assertRegex(self.text("#confirm"), "Every app logs in again.*stop working")
+        self.assertEqual(self.page.switch_to.active_element.get_attribute("id"), "confirm-no")
+        self.page.switch_to.active_element.send_keys(Keys.ENTER)
+        self.until(lambda: not self.shown("#confirm"))
+        self.assertEqual(self.broker.count("v3"), asked)
+        self.find("tr[data-api=PRIMARY] input[type=checkbox]").send_keys(Keys.SPACE)
+        self.until_text("#selected", r"\(1\)")
+        self.broker.switches.v3_answer = "UDAPI1155"
+        self.find("#flow option[value=V3]").click()
+        self.find("#selected").send_keys(Keys.ENTER)
+        self.until_text("tr[data-api=PRIMARY] .job", "Failed.*under review.*UDAPI1155")
+        self.broker.switches.v3_answer = None
+
+    def server_goes_and_comes(self) -> None:
+        self.stop()
+        self.find("#refresh").click()
+        self.until(lambda: self.shown("#offline"), 30)
+        self.serve()
+        self.until(lambda: not self.shown("#offline"), 30)
+        self.until_text("#summary", "valid until")
+
+    def test_key(self) -> None:
+        self.write_env(**ONE_APP, UPSTOX_SERVE_KEY=KEY)
+        self.seed_guide()
+        self.serve()
+        self.show(390)
+        for key, shown in (("wrong-key-of-16-characters", True), (KEY, False)):
+            self.until(lambda: self.shown("#key"), 30)
+            self.find("#key").send_keys(key)
+            self.find("#key-save").click()
+            self.until_text("#notice" if shown else "#summary", "not accept" if shown else "valid until")
+        self.find("#forget").click()
+        self.until(lambda: self.shown("#key"), 30)
+        self.assert_calm()
+
+
+GUIDE_WORDS = {"PRIMARY": "VALID", "WEBSOCKET2": "INVALID (401)", "WEBSOCKET3": "EXPIRED",
+               "OPTIONCHAIN2": "NOT FOUND"}
+
+
 # ---- what was tried and what was lost
 
 
