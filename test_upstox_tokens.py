@@ -4625,6 +4625,16 @@ class StrangerTest(PhoneCase):
 # ---- the dashboard, as a person uses it
 
 
+class BlankPage(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
 @unittest.skipIf(missing_for_browser() and not os.environ.get("CI"), "no browser on this machine")
 class DashboardTest(PhoneCase):
     """Runs by flow V3, so that the only browser is the one that shows the page."""
@@ -4720,6 +4730,32 @@ class DashboardTest(PhoneCase):
         self.serve()
         self.until(lambda: not self.shown("#offline"), 30)
         self.until_text("#summary", "valid until")
+
+    def test_page_of_another_origin(self) -> None:
+        """fetch() as a front end does it: preflight, GET and POST from a listed origin, none from another."""
+        pages = http.server.ThreadingHTTPServer(("127.0.0.1", 0), BlankPage)
+        threading.Thread(target=pages.serve_forever, daemon=True).start()
+        self.addCleanup(pages.server_close)
+        self.addCleanup(pages.shutdown)
+        port = pages.server_address[1]
+        self.write_env(UPSTOX_ALLOWED_ORIGINS=f"http://127.0.0.1:{port}", UPSTOX_SERVE_KEY=KEY)
+        self.seed_guide()
+        self.serve()
+        right, wrong = {"Authorization": f"Bearer {KEY}"}, {"Authorization": "Bearer x"}
+        body = json.dumps({"mode": "PARTIAL", "apiNames": ["PRIMARY"], "flow": "V3"})
+        post = {"method": "POST", "body": body, "headers": right | {"Content-Type": "application/json"}}
+        for host, options, path, expected in (
+                ("127.0.0.1", {"headers": right}, "status", 200), ("127.0.0.1", {}, "status", 401),
+                ("127.0.0.1", {"headers": wrong}, "status", 401), ("127.0.0.1", post, "generate", 202),
+                ("localhost", {"headers": right}, "status", "failed"), ("localhost", {}, "status", "failed"),
+                ("localhost", post, "generate", "failed")):
+            with self.subTest(host=host, path=path, expected=expected):
+                self.page.get(f"http://{host}:{port}/")
+                self.assertEqual(self.page.execute_async_script(
+                    "const [url, options, done] = arguments;"
+                    "fetch(url, options).then(answer => done(answer.status)).catch(() => done('failed'))",
+                    f"http://{self.at}/auth/upstox/tokens/{path}", options), expected)
+        self.assertEqual(self.broker.count("v3"), 1)
 
     def test_key(self) -> None:
         self.write_env(**ONE_APP, UPSTOX_SERVE_KEY=KEY)
