@@ -1034,7 +1034,7 @@ for _ in range(50):
         break
     time.sleep(0.1)
 """
-INSTALL_BROWSER = "Install both (Debian: apt install chromium chromium-driver), then run --check."
+INSTALL_BROWSER = "Install Chromium and its driver (apt install chromium chromium-driver), then run --check."
 
 
 @dataclass(eq=False)
