@@ -1113,14 +1113,7 @@ class Browser:
     def start(self) -> None:
         """Start driver and browser, or LoginFailed with what is missing."""
         driver_path, browser_path = find_driver(self.environ)
-        folder = tempfile.gettempdir()
-        if os.name == "posix" and len(folder) > 50:
-            folder = "/tmp"  # Chromium puts a socket there, whose path must stay short
-        profile = os.path.join(folder, f"upstox_tokens-{secrets.token_hex(8)}")
-        self.keeper = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", KEEPER, profile, driver_path, "--port=0"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0), env=self.child_environ(profile))
+        profile = self.spawn(driver_path)
         os.environ.pop("SE_DEBUG", None)
         from selenium import webdriver  # takes a while to import: time for the driver to start
         from selenium.common.exceptions import WebDriverException
@@ -1131,14 +1124,18 @@ class Browser:
         options = webdriver.ChromeOptions()
         options.page_load_strategy = "eager"
         options.binary_location = browser_path
-        for argument in self.arguments(profile):
-            options.add_argument(argument)
         # with a profile folder of its own Chromium would begin with its start page, from the network
         options.add_experimental_option("prefs", {"session.restore_on_startup": 4,
                                                   "session.startup_urls": ["about:blank"]})
-        address = side_by_side([lambda: driver_address(self.keeper.stdout)], PAGE_SECONDS, "")[0]
+        address = self.address()
+        if not address:  # its random port may be taken on one of its two addresses: once more
+            self.close()
+            profile = self.spawn(driver_path)
+            address = self.address()
         if not address:
             raise PageFault("chromedriver did not start")
+        for argument in self.arguments(profile):
+            options.add_argument(argument)
         # straight to the driver: a proxy would read every key typed
         config = ClientConfig(address, timeout=OUTCOME_SECONDS, proxy=Proxy({"proxyType": ProxyType.DIRECT}))
         with browser_faults():
@@ -1149,6 +1146,22 @@ class Browser:
                 raise LoginFailed(f"the browser did not start ({said}). {INSTALL_BROWSER}",
                                   stops_run=True) from None
             self.driver.set_page_load_timeout(PAGE_SECONDS)
+
+    def spawn(self, driver_path: str) -> str:
+        """Start the keeper with a driver; the path of the profile folder that the keeper makes and deletes."""
+        folder = tempfile.gettempdir()
+        if os.name == "posix" and len(folder) > 50:
+            folder = "/tmp"  # Chromium puts a socket there, whose path must stay short
+        profile = os.path.join(folder, f"upstox_tokens-{secrets.token_hex(8)}")
+        self.keeper = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", KEEPER, profile, driver_path, "--port=0"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0), env=self.child_environ(profile))
+        return profile
+
+    def address(self) -> str:
+        """Where the driver listens, empty when it ended instead."""
+        return side_by_side([lambda: driver_address(self.keeper.stdout)], PAGE_SECONDS, "")[0]
 
     def arguments(self, profile: str) -> list[str]:
         """Chromium's switches. None hides that the browser is automated."""
