@@ -1148,7 +1148,7 @@ class Browser:
             self.driver.set_page_load_timeout(PAGE_SECONDS)
 
     def spawn(self, driver_path: str) -> str:
-        """Start the keeper with a driver; the path of the profile folder that the keeper makes and deletes."""
+        """Start the keeper with a driver; the path of the profile folder, which it makes and deletes."""
         folder = tempfile.gettempdir()
         if os.name == "posix" and len(folder) > 50:
             folder = "/tmp"  # Chromium puts a socket there, whose path must stay short
