@@ -21,7 +21,7 @@ From Python: upstox_tokens.access_token("WEBSOCKET1") gives the stored token or 
 The map: where the guide's parts are
     2 database, 3 configuration      find_database, create_database; load_config, stored_apps, import_apps
     4.1 upsert (delete + insert)     upsert_token, token_row; deactivate_tokens
-    5.1 time check, 5.2 profile      is_time_valid, cutoff_after; ask_profile, judge_profile
+    5.1 time check, 5.2 profile      is_time_valid, cutoff_after; ask_profiles, judge_profile
     6 classification                 classify_tokens, judge_stored
     7.1 summary and menu, 7.2 REST   summary_lines, prompt_menu; ROUTES, status_json, job_json
     8 Selenium login, persist        log_in, next_move; exchange_and_store; generate_by_phone (flow V3)
@@ -29,12 +29,12 @@ The map: where the guide's parts are
 
 Where your secrets go
     PIN             Login -> Browser.type, into the broker's page only (next_move, is_brokers); noted by
-                    Login.note_sent as sent, as an HMAC under the TOTP secret (credentials_of), never its value
+                    Login.note_sent as an HMAC under the TOTP secret (credentials_of), never its value
     TOTP secret     Login.make_code (the code goes the PIN's way), credentials_of (as the HMAC's key)
     mobile number   as the PIN
     client secret   exchange_code, request_approval, to UPSTOX_BASE_URL only (send); the database (token_row,
                     import_apps), where the Java back end wants it
-    access token    exchange_and_store or take_delivery -> upsert_token; ask_profile, to UPSTOX_BASE_URL only
+    access token    exchange_and_store or take_delivery -> upsert_token; ask_profiles, to UPSTOX_BASE_URL only
 
 It reads the environment, an env file (see env.sample) and the tables upstox_tokens, upstox_api_configs and
 upstox_token_audit. It writes upstox_tokens and upstox_token_audit, which is also its memory of codes and PINs
@@ -103,6 +103,8 @@ TOTP_WINDOW, TOTP_MARGIN = 30, 5  # seconds; a code with less than the margin le
 READ_SECONDS, PROOF_SECONDS, STORE_SECONDS = 10, 30, 60  # patience with a locked database
 PAGE_SECONDS, OUTCOME_SECONDS = 30, 60  # for a page to show a step, for the broker to judge an entry
 CAPTCHA_SECONDS, CAPTCHA_HEADED_SECONDS = 15, 300
+KEYS_SECONDS = 5  # for a field to show what was typed
+SETTLE_SECONDS = 0.8  # whether the PIN's page submits by itself, before its button is pressed the first time
 DRIVER_SECONDS = 60  # for chromedriver to start, and to answer a command
 SHARED_SECONDS = 5  # a check younger than this answers the HTTP API again
 PROOFS_AT_ONCE = 8  # deliveries being proven side by side; the others wait their turn
@@ -140,14 +142,9 @@ CONFIGS_DDL = """CREATE TABLE IF NOT EXISTS upstox_api_configs (
     updated_at BIGINT
 )"""
 AUDIT_DDL = """CREATE TABLE IF NOT EXISTS upstox_token_audit (
-    id INTEGER PRIMARY KEY,
-    at BIGINT NOT NULL,
-    run_id VARCHAR(32) NOT NULL,
-    api_name VARCHAR(50) NOT NULL,
-    source VARCHAR(20) NOT NULL,
-    flow VARCHAR(20) NOT NULL,
-    outcome VARCHAR(20) NOT NULL,
-    reason VARCHAR(1000)
+    id INTEGER PRIMARY KEY, at BIGINT NOT NULL, run_id VARCHAR(32) NOT NULL,
+    api_name VARCHAR(50) NOT NULL, source VARCHAR(20) NOT NULL, flow VARCHAR(20) NOT NULL,
+    outcome VARCHAR(20) NOT NULL, reason VARCHAR(1000)
 )"""
 # what the program itself must remember: whose codes and PINs, a code's window or an approval's deadline
 # (epoch ms), whose token; in columns of their own, which an older table gets when first needed
@@ -190,19 +187,22 @@ PAGE_CODES = {  # the page's error codes: what they mean and what to do, how far
     "1017078": OTP_BLOCKED, "1017125": OTP_BLOCKED, "1017090": LOCKED,
     "500": ("the login page lost its connection to the broker. Run again.", THIS_APP),
     **dict.fromkeys(("1017007", "1017079", "1017084", "1017095", "1017105"), SESSION_LOST)}
-PAGE_TEXTS = {  # alerts and pages that carry no code: pattern in the text or the path
-    r"account has been locked|^/unlock-account": LOCKED,
-    r"create a new (6-digit )?pin": (
+PAGE_TEXTS = {  # headings and paths that carry no code
+    r"your account has been locked|^/unlock-account": LOCKED,
+    r"^create a new (6-digit )?pin": (
         "the page asks to create a new PIN, which this program never does. Set the PIN in the Upstox app, "
         "then run again.", THIS_APP),
-    r"reactivate your account|^/reactivate-account": (
-        "the account is dormant. Reactivate it in the Upstox app, then run again.", THIS_APP),
-    r"^something went wrong": ("the login page says that something went wrong. Run again.", THIS_APP)}
+    r"^reactivate your account|^/reactivate-account": (
+        "the account is dormant. Reactivate it in the Upstox app, then run again.", THIS_APP)}
+WENT_WRONG = "the login page says that something went wrong. Run again.", THIS_APP
 # nobody outside knows how the broker words a wrong PIN or code: these words are taken for a refusal
-REFUSAL = re.compile(r"incorrect|invalid|(?<!went )\bwrong\b|not match|mismatch|attempts? (left|remaining)", re.I)
+REFUSAL = re.compile(r"incorrect|invalid|(?<!went )\bwrong\b|not match|mismatch|attempts? (left|remaining)",
+                     re.I)
+CAPTCHA_SHOWN = ("the login page shows a CAPTCHA, which only a person may solve. Run with --headed on a "
+                 "machine with a display, or use --flow V3.")
+NOBODY_SOLVED = "nobody solved the CAPTCHA in time. Run again when an operator is there."
 
 # ---- Errors: every text is a finished sentence for the operator ----------------------------------
-
 
 class TokenError(Exception):
     """Something an operator must read; the text names the next step."""
@@ -246,47 +246,45 @@ def printable(value: object, limit: int) -> str:
 def redact(text: str, hidden: Iterable[str]) -> str:
     """Replace every known secret: the last line of defence behind never putting one into a text."""
     for secret in sorted(hidden, key=len, reverse=True):
-        text = text.replace(secret, "[hidden]")
+        # a page may group digits: 749-216, 98120 47365
+        pattern = r"[\s./-]*".join(secret) if secret.isdigit() else re.escape(secret)
+        text = re.sub(pattern, "[hidden]", text)
     return text
 
 
 # ---- What comes from outside ---------------------------------------------------------------------
+
+def in_main_thread() -> bool:
+    """Whether signals come to this thread."""
+    return threading.current_thread() is threading.main_thread()
 
 
 class Context:
     """Options, environment, clock, terminal and signals of one call of the program; made once, in main.
 
     `now` and `sleep` are the wall clock of tokens and TOTP codes in seconds. Results go to `out`, progress to
-    `err`; with -q nothing is printed before the exit code is known (`lines`).
+    `err`; with -q nothing is printed before the exit code is known (`kept`).
     """
 
     def __init__(self, args: argparse.Namespace, environ: Mapping[str, str], now: Callable[[], float],
                  sleep: Callable[[float], None], out: TextIO, err: TextIO, ask: Callable[[str], str]) -> None:
         self.args, self.environ, self.now, self.sleep = args, environ, now, sleep
         self.out, self.err, self.ask = out, err, ask
-        self.keeping = args.quiet and args.command != "menu"
-        self.lines: list[str] = []
+        self.kept: list[str] | None = [] if args.quiet and args.command != "menu" else None
         self.counting = ""  # the countdown that stands on the terminal
         self.signal, self.holding = 0, False
+        self.stopping = threading.Event()  # set when a server ends: a run finishes its current app
 
     def say(self, *lines: str) -> None:
         """Lines of the result; TokenError when nobody takes them."""
-        if self.keeping:
-            self.lines += lines
+        if self.kept is not None:
+            self.kept += lines
             return
         try:
             self.out.write("".join(f"{line}\n" for line in lines))
             self.out.flush()
         except (OSError, ValueError) as error:  # `| head`, a full disk, a closed stream
-            with contextlib.suppress(OSError, ValueError):  # or the interpreter complains again at its end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())
             raise TokenError(f"The result could not be written: {type(error).__name__}.") from None
-
-    def release(self, code: int) -> None:
-        """With -q: what was kept back is printed unless all is well."""
-        self.keeping = False
-        if self.lines and code != OK:
-            self.say(*self.lines)
 
     def log(self, text: str) -> None:
         """A line of progress or an error; a reader that went away must not stop a run."""
@@ -332,10 +330,8 @@ class Context:
     @contextlib.contextmanager
     def signals_handled(self) -> Iterator[None]:
         """Handle Ctrl-C and SIGTERM for a while; a signal that the caller ignores stays ignored."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ()
+        before = {signum: signal.getsignal(signum) for signum in signals}
         try:
             for signum, handler in before.items():
                 if handler is not signal.SIG_IGN:
@@ -348,45 +344,44 @@ class Context:
     @contextlib.contextmanager
     def finish_first(self) -> Iterator[None]:
         """A token that the broker gives is stored before a signal may end the program."""
-        main = threading.current_thread() is threading.main_thread()  # only it receives signals
-        self.holding = main or self.holding
+        if not in_main_thread():
+            yield
+            return
+        self.holding = True
         try:
             yield
         finally:
-            if main:
-                self.holding = False
-                if self.signal:
-                    raise Stopped(self.signal)
+            self.holding = False
+            if self.signal:
+                raise Stopped(self.signal)
 
 
-def run_within(seconds: float, late: Any, *calls: Callable[[], Any]) -> list:
-    """Results of the calls, side by side; `late` for those not back after `seconds` overall.
+def run_within(seconds: float, late: Any, call: Callable[[Any], Any], items: Sequence[Any]) -> list:
+    """call(item) for each item, side by side; `late` for those not back after `seconds` overall.
 
     urllib's own timeout is per socket operation and never ends a dripping answer; a daemon thread that is
     still reading then does not keep the program alive.
     """
-    results, ended, bugs = [late] * len(calls), [threading.Event() for _ in calls], []
+    results, bugs = [late] * len(items), []
 
-    def work(place: int) -> None:
+    def work(place: int, item: Any) -> None:
         try:
-            results[place] = calls[place]()
+            results[place] = call(item)
         except Exception as error:  # a bug: raised where somebody sees it
             bugs.append(error)
-        finally:
-            ended[place].set()
 
-    for place in range(len(calls)):
-        threading.Thread(target=work, args=(place,), daemon=True).start()
+    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in enumerate(items)]
+    for thread in threads:
+        thread.start()
     end = time.monotonic() + seconds
-    for event in ended:
-        event.wait(max(0.0, end - time.monotonic()))
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
     if bugs:
         raise bugs[0]
     return list(results)
 
 
 # ---- Configuration -------------------------------------------------------------------------------
-
 
 class App(NamedTuple):
     """One API app of the account."""
@@ -418,7 +413,6 @@ class Config(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """The configured api names, in their order."""
         return [app.name for app in self.apps]
 
     def secrets(self) -> set[str]:
@@ -431,6 +425,7 @@ ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)")
 QUOTED = re.compile(r"""(?:'([^']*)'|"([^"]*)")\s*(?:#.*)?""")
 APP_KEY = re.compile(r"UPSTOX_(?:CLIENT_ID|CLIENT_SECRET|API_NAME)_([0-9]{1,3})")
 PLAIN = re.compile(r"[!-~]{1,255}")
+APP_FIELDS = ("API_NAME", "CLIENT_ID", "CLIENT_SECRET")
 
 
 def parse_env(text: str, source: str) -> tuple[dict[str, str], list[str]]:
@@ -495,7 +490,7 @@ OCTET = "(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 
 
 def on_this_machine(host: str | None) -> bool:
-    """Whether a host is exactly 127.0.0.0/8, localhost or [::1]; x.localhost and 127.0.0.1.example.com are not."""
+    """Whether a host is exactly 127.0.0.0/8, localhost or [::1]; x.localhost is not."""
     return bool(re.fullmatch(rf"127(\.{OCTET}){{3}}|::1|localhost", host or ""))
 
 
@@ -561,8 +556,7 @@ NEEDED = {  # what each use of the configuration needs besides the apps
 def env_apps(settings: Mapping[str, str]) -> list[App]:
     """Every app that the settings number, in order; what is missing is an empty text."""
     numbers = sorted({int(match[1]) for match in map(APP_KEY.fullmatch, settings) if match})
-    fields = ("API_NAME", "CLIENT_ID", "CLIENT_SECRET")
-    return [App(number, *(settings.get(f"UPSTOX_{field}_{number}", "") for field in fields), "")
+    return [App(number, *(settings.get(f"UPSTOX_{field}_{number}", "") for field in APP_FIELDS), "")
             for number in numbers]
 
 
@@ -578,11 +572,10 @@ def check_numbers(numbers: Sequence[int], label: str) -> list[str]:
 
 def check_apps(apps: Sequence[App], label: str) -> list[str]:
     """The problems of the apps of either source (the guide 3.2); `label` takes a field and a number."""
-    problems = []
-    for place, app in enumerate(apps):
-        fields = {"API_NAME": app.name, "CLIENT_ID": app.client_id, "CLIENT_SECRET": app.client_secret}
-        used = {text for other in apps[:place] for text in (other.name, other.client_id)}
-        for field, value in fields.items():
+    problems: list[str] = []
+    used: set[str] = set()
+    for app in apps:
+        for field, value in zip(APP_FIELDS, (app.name, app.client_id, app.client_secret)):
             problem = ""
             if not value:
                 problem = "is not set"
@@ -594,6 +587,7 @@ def check_apps(apps: Sequence[App], label: str) -> list[str]:
                 problem = "is used by two apps"
             if problem:
                 problems.append(f"{label.format(field, app.index)}: {problem}")
+        used |= {app.name, app.client_id}
         if app.redirect_uri and not web_address(app.redirect_uri):
             problems.append(f"{label.format('REDIRECT_URI', app.index)}: must be the http or https URL "
                             "registered with the app")
@@ -632,7 +626,7 @@ def read_settings(ctx: Context) -> tuple[dict[str, str], list[str]]:
 
 
 def load_config(ctx: Context, use: str) -> Config:
-    """Read and check the configuration for a use (a key of NEEDED); all problems at once, as one TokenError."""
+    """Read and check the configuration for a use (a key of NEEDED); all problems as one TokenError."""
     settings, problems = read_settings(ctx)
     if settings.get("UPSTOX_CONFIG_SOURCE") == "DB" and not ctx.args.import_config:
         apps, numbers = stored_apps(find_database(ctx.args.db))
@@ -658,7 +652,6 @@ def load_config(ctx: Context, use: str) -> Config:
 
 # ---- Time: when a token dies ---------------------------------------------------------------------
 
-
 def cutoff_after(moment: float) -> float:
     """The first 03:30 Indian time strictly after `moment` (epoch seconds): the broker's rule."""
     local = datetime.fromtimestamp(moment, IST)
@@ -673,7 +666,9 @@ def local_text(moment: float) -> str:
 
 def text_of(value: object) -> str:
     """A column's value as text; a BLOB is decoded, NULL is empty."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else "" if value is None else str(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return "" if value is None else str(value)
 
 
 def parse_time(value: object) -> float | None:
@@ -691,9 +686,11 @@ def parse_time(value: object) -> float | None:
 def parse_created(value: object) -> float | None:
     """Epoch seconds of a created_at in any form that writers of SQLite leave (facts/measured.md 1)."""
     try:
-        number = float(value)
-        julian = isinstance(value, float) and number < 1e7
-        moment = (number - 2440587.5) * 86400 if julian else number / 1000 if number >= 1e11 else number
+        moment = float(value)
+        if isinstance(value, float) and moment < 1e7:
+            moment = (moment - 2440587.5) * 86400  # days of the Julian calendar
+        elif moment >= 1e11:
+            moment /= 1000
     except (ValueError, TypeError):
         moment = parse_time(value)
     return moment if moment is not None and 0 < moment < 1e10 else None  # beyond: no date that anyone meant
@@ -709,8 +706,8 @@ DB_REMEDIES = (
     ("unable to open", "cannot be opened. Check that its folder exists and that this user may write there."),
     ("is full", "cannot grow: the disk is full. Free some space."),
     ("is a view", "has a view named upstox_tokens. A table is needed: rename the view or use another file."),
-    ("no column named", "lacks a column of the guide's table upstox_tokens. Add it, or use another file."),
-    ("no such column", "lacks a column of the guide's table upstox_tokens. Add it, or use another file."),
+    ("no (column named|such column)",
+     "lacks a column of the guide's table upstox_tokens. Add it, or use another file."),
     ("NOT NULL", "demands a value that the guide's INSERT does not give. Give that column a default."),
     ("UNIQUE", "has a row in the way of a unique index. Remove that row."),
 )
@@ -722,10 +719,10 @@ class Token(NamedTuple):
     api_name: str
     access_token: str
     client_id: str
-    created: float | None
-    valid_until: float | None
-    validity_at: str | None
-    generated_at: str | None
+    created: float | None = None
+    valid_until: float | None = None
+    validity_at: str | None = None
+    generated_at: str | None = None
     is_active: bool = True
 
     def __repr__(self) -> str:
@@ -734,7 +731,7 @@ class Token(NamedTuple):
 
 def database_error(path: Path, error: Exception) -> DatabaseError:
     """One sentence with the path, the remedy, and what SQLite said."""
-    remedy = next((words for key, words in DB_REMEDIES if key in str(error)), "cannot be used.")
+    remedy = next((words for key, words in DB_REMEDIES if re.search(key, str(error))), "cannot be used.")
     return DatabaseError(f"The database {path} {remedy} (SQLite: {printable(error, 200)})")
 
 
@@ -747,31 +744,30 @@ def connect(path: Path, mode: str, seconds: float) -> sqlite3.Connection:
 
 
 @contextlib.contextmanager
-def transaction(path: Path, seconds: float = READ_SECONDS) -> Iterator[sqlite3.Connection]:
+def transaction(path: Path, seconds: float | None = None) -> Iterator[sqlite3.Connection]:
     """BEGIN IMMEDIATE; commits, or rolls back on any exception. Keep it to milliseconds: others wait."""
     try:
-        with contextlib.closing(connect(path, "rw", seconds)) as connection, connection:
+        with contextlib.closing(connect(path, "rw", seconds or READ_SECONDS)) as connection, connection:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
     except sqlite3.Error as error:
         raise database_error(path, error) from None
 
 
-def select(path: Path, query: str, values: Sequence[Any] = ()) -> list[tuple]:
+def select(path: Path, query: str, values: Sequence[Any] = (), mode: str = "ro") -> list[tuple]:
     """Rows of a query without writing anything; none when the file or the table is missing."""
-    for mode in ("ro", "rw"):
-        try:
-            if not path.exists():
-                break
-            with contextlib.closing(connect(path, mode, READ_SECONDS)) as connection:
-                return connection.execute(query, values).fetchall()
-        except sqlite3.Error as error:
-            if "no such table" in str(error):
-                break
-            # what a killed writer left must be rolled back before anyone can read: that takes rw
-            if mode == "rw" or not re.search("readonly|unable to open", str(error)):
-                raise database_error(path, error) from None
-    return []
+    try:
+        if not path.exists():
+            return []
+        with contextlib.closing(connect(path, mode, READ_SECONDS)) as connection:
+            return connection.execute(query, values).fetchall()
+    except sqlite3.Error as error:
+        if "no such table" in str(error):
+            return []
+        # what a killed writer left must be rolled back before anyone can read: that takes rw
+        if mode == "ro" and re.search("readonly|unable to open", str(error)):
+            return select(path, query, values, "rw")
+        raise database_error(path, error) from None
 
 
 def find_database(db: str | os.PathLike | None) -> Path:
@@ -812,8 +808,9 @@ def read_tokens(path: Path) -> dict[str, Token]:
     tokens: dict[str, Token] = {}
     for name, token, client_id, created, validity, generated, active in rows:
         shown = [None if value is None else printable(text_of(value), 40) for value in (validity, generated)]
+        is_active = text_of(active).strip().lower() not in ("0", "0.0", "false")
         row = Token(text_of(name), text_of(token), text_of(client_id), parse_created(created),
-                    parse_time(validity), *shown, text_of(active).strip().lower() not in ("0", "0.0", "false"))
+                    parse_time(validity), *shown, is_active)
         older = tokens.get(row.api_name)
         if older is None or (row.created or 0) >= (older.created or 0):
             tokens[row.api_name] = row
@@ -822,18 +819,23 @@ def read_tokens(path: Path) -> dict[str, Token]:
 
 def token_row(app: App, access_token: str, now: float, valid_until: float) -> dict[str, Any]:
     """The columns of the guide's INSERT (4.1); a plain Java reader parses exactly these forms."""
+    moment = int(now * 1000)
     return {"access_token": access_token, "api_name": app.name, "client_id": app.client_id,
-            "client_secret": app.client_secret, "created_at": int(now * 1000),
-            "expires_in": int(valid_until - now), "is_primary": int(app.name == "PRIMARY"),
-            "redirect_uri": app.redirect_uri, "token_type": "Bearer", "api_index": app.index,
-            "generated_at": local_text(now), "is_active": 1, "updated_at": int(now * 1000),
-            "validity_at": local_text(valid_until)}
+            "client_secret": app.client_secret, "created_at": moment, "expires_in": int(valid_until - now),
+            "is_primary": int(app.name == "PRIMARY"), "redirect_uri": app.redirect_uri,
+            "token_type": "Bearer", "api_index": app.index, "generated_at": local_text(now),
+            "is_active": 1, "updated_at": moment, "validity_at": local_text(valid_until)}
+
+
+def insert(connection: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> None:
+    """INSERT of the row's columns."""
+    connection.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES (:{', :'.join(row)})", row)
 
 
 def upsert_token(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
     """Replace the row of one api_name: DELETE, then INSERT (the guide 4.1)."""
     connection.execute("DELETE FROM upstox_tokens WHERE api_name = :api_name", row)
-    connection.execute(f"INSERT INTO upstox_tokens ({', '.join(row)}) VALUES (:{', :'.join(row)})", row)
+    insert(connection, "upstox_tokens", row)
 
 
 def prove_writable(path: Path, apps: Iterable[App], now: float) -> None:
@@ -858,7 +860,7 @@ def add_event(connection: sqlite3.Connection, event: Mapping[str, Any]) -> None:
     columns = {row[1] for row in connection.execute("PRAGMA table_info(upstox_token_audit)")}
     for name in AUDIT_MEMORY.keys() - columns:
         connection.execute(f"ALTER TABLE upstox_token_audit ADD COLUMN {name} {AUDIT_MEMORY[name]}")
-    connection.execute(f"INSERT INTO upstox_token_audit ({', '.join(event)}) VALUES (:{', :'.join(event)})", event)
+    insert(connection, "upstox_token_audit", event)
 
 
 def read_events(path: Path, columns: str, where: str, *values: Any) -> list[tuple]:
@@ -871,29 +873,40 @@ def read_events(path: Path, columns: str, where: str, *values: Any) -> list[tupl
 
 def import_apps(path: Path, apps: Iterable[App], now: float) -> None:
     """Copy the app configuration into upstox_api_configs; rows in the way are replaced, others kept."""
+    moment = int(now * 1000)
     with transaction(path, PROOF_SECONDS) as connection:
         connection.execute(CONFIGS_DDL)
         for app in apps:
-            connection.execute("DELETE FROM upstox_api_configs WHERE api_index = ? OR api_name = ?",
-                               (app.index, app.name))
-            connection.execute(
-                "INSERT INTO upstox_api_configs (api_index, api_name, client_id, client_secret, "
-                "redirect_uri, is_primary, is_enabled, created_at, updated_at) "
-                "VALUES (?, ?, ?, ?, ?, ?, 1, ?, ?)",
-                (app.index, app.name, app.client_id, app.client_secret, app.redirect_uri or None,
-                 int(app.name == "PRIMARY"), int(now * 1000), int(now * 1000)))
+            row = {"api_index": app.index, "api_name": app.name, "client_id": app.client_id,
+                   "client_secret": app.client_secret, "redirect_uri": app.redirect_uri or None,
+                   "is_primary": int(app.name == "PRIMARY"), "is_enabled": 1,
+                   "created_at": moment, "updated_at": moment}
+            connection.execute("DELETE FROM upstox_api_configs WHERE api_index = :api_index "
+                               "OR api_name = :api_name", row)
+            insert(connection, "upstox_api_configs", row)
 
 
 def stored_apps(path: Path) -> tuple[list[App], list[int]]:
     """The enabled apps of upstox_api_configs, and the numbers of all its rows."""
-    rows = select(path, "SELECT api_index, api_name, client_id, client_secret, redirect_uri, is_enabled "
+    rows = select(path, "SELECT is_enabled, api_index, api_name, client_id, client_secret, redirect_uri "
                         "FROM upstox_api_configs ORDER BY api_index")
-    apps = [App(index if isinstance(index, int) else -1, *map(text_of, fields)) for index, *fields, _ in rows]
-    enabled = [app for app, row in zip(apps, rows) if text_of(row[-1]).lower() in ("1", "true")]
-    return enabled, [app.index for app in apps]
+    enabled, numbers = [], []
+    for is_enabled, index, *fields in rows:
+        numbers.append(index if isinstance(index, int) else -1)
+        if text_of(is_enabled).lower() in ("1", "true"):
+            enabled.append(App(numbers[-1], *map(text_of, fields)))
+    return enabled, numbers
 
 
 # ---- The broker's HTTP API -----------------------------------------------------------------------
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body, {} when it is anything else."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 class Answer(NamedTuple):
@@ -905,20 +918,15 @@ class Answer(NamedTuple):
     error: str = ""
 
     def json(self) -> dict[str, Any]:
-        """The JSON object in the body, {} when it is anything else."""
         return json_object(self.body)
+
+    def data(self) -> dict[str, Any]:
+        """What the broker's envelope holds, {} when that is no object."""
+        data = self.json().get("data")
+        return data if isinstance(data, dict) else {}
 
 
 NO_ANSWER = Answer(error="timeout")
-
-
-def json_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body, {} when it is anything else."""
-    try:
-        data = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def error_code(answer: Answer) -> tuple[str, str]:
@@ -954,22 +962,30 @@ def opener_for(secure: bool) -> urllib.request.OpenerDirector:
     return opener
 
 
+def read_answer(response: http.client.HTTPResponse, end: float) -> Answer:
+    """The whole answer, unless it is longer than BODY_LIMIT, later than `end` (monotonic), or cut off."""
+    body = b""
+    while chunk := response.read1(65536):
+        body += chunk
+        if len(body) > BODY_LIMIT:
+            return Answer(error="unexpected answer")
+        if time.monotonic() > end:
+            return NO_ANSWER
+    if len(body) != int(response.headers.get("Content-Length") or len(body)):
+        return Answer(error="unexpected answer")
+    return Answer(response.status, body, response.headers.get("Date", ""))
+
+
 def send(config: Config, path: str, seconds: float, *, data: bytes | None = None,
-         headers: Mapping[str, str] | None = None) -> Answer:
+         **headers: str) -> Answer:
     """One request to UPSTOX_BASE_URL; GET, or POST when there is data. The deadline covers the body too."""
     end = time.monotonic() + seconds
-    named = {"Accept": "application/json", "User-Agent": f"upstox_tokens/{__version__}", **(headers or {})}
+    named = {"Accept": "application/json", "User-Agent": f"upstox_tokens/{__version__}"}
+    named |= {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(config.base_url + path, data, named)
     try:
         with opener_for(config.base_url.startswith("https:")).open(request, timeout=seconds) as response:
-            body = b""
-            while chunk := response.read1(65536):
-                body += chunk
-                if len(body) > BODY_LIMIT or time.monotonic() > end:
-                    return Answer(error="timeout" if len(body) <= BODY_LIMIT else "unexpected answer")
-            if len(body) != int(response.headers.get("Content-Length") or len(body)):
-                return Answer(error="unexpected answer")
-            return Answer(response.status, body, response.headers.get("Date", ""))
+            return read_answer(response, end)
     except TimeoutError:
         return NO_ANSWER
     except OSError as error:
@@ -979,15 +995,18 @@ def send(config: Config, path: str, seconds: float, *, data: bytes | None = None
         return Answer(error="unexpected answer")
 
 
-def ask_profile(config: Config, access_token: str) -> Answer:
-    """GET /v2/user/profile: the only proof that a token is alive."""
-    return send(config, "/v2/user/profile", PROFILE_SECONDS, headers={"Authorization": f"Bearer {access_token}"})
+def ask_profiles(config: Config, tokens: Sequence[Token]) -> list[Answer]:
+    """GET /v2/user/profile for each token, side by side: the only proof that a token is alive."""
+    def ask(token: Token) -> Answer:
+        return send(config, "/v2/user/profile", PROFILE_SECONDS,
+                    Authorization=f"Bearer {token.access_token}")
+    return run_within(PROFILE_SECONDS, NO_ANSWER, ask, tokens)
 
 
 def dialog_path(app: App, state: str) -> str:
-    """Path and query of the authorize dialog."""
-    return "/v2/login/authorization/dialog?" + urllib.parse.urlencode({
-        "response_type": "code", "client_id": app.client_id, "redirect_uri": app.redirect_uri, "state": state})
+    return "/v2/login/authorization/dialog?" + urllib.parse.urlencode(
+        {"response_type": "code", "client_id": app.client_id, "redirect_uri": app.redirect_uri,
+         "state": state})
 
 
 def exchange_code(config: Config, app: App, code: str) -> Answer:
@@ -1001,15 +1020,15 @@ def exchange_code(config: Config, app: App, code: str) -> Answer:
 def request_approval(config: Config, app: App) -> Answer:
     """Flow V3: ask for a token that the user approves on the phone."""
     path = f"/v3/login/auth/token/request/{urllib.parse.quote(app.client_id, safe='')}"
-    return send(config, path, PROFILE_SECONDS, data=json.dumps({"client_secret": app.client_secret}).encode(),
-                headers={"Content-Type": "application/json"})
+    body = json.dumps({"client_secret": app.client_secret}).encode()
+    return send(config, path, PROFILE_SECONDS, data=body, Content_Type="application/json")
 
 
 def ask_dialogs(ctx: Context, config: Config, apps: Sequence[App]) -> list[tuple[Answer, float]]:
     """Ask for each app's dialog without following it (it costs no OTP); the answers, and when they came."""
     def ask(app: App) -> tuple[Answer, float]:
         return send(config, dialog_path(app, "preflight"), PROFILE_SECONDS), ctx.now()
-    return run_within(PROFILE_SECONDS, (NO_ANSWER, ctx.now()), *(functools.partial(ask, app) for app in apps))
+    return run_within(PROFILE_SECONDS, (NO_ANSWER, ctx.now()), ask, apps)
 
 
 def clock_problem(answers: Iterable[tuple[Answer, float]]) -> str:
@@ -1046,7 +1065,7 @@ class Status(NamedTuple):
 
 
 def is_time_valid(token: Token, now: float) -> bool:
-    """Layer 1 of the guide's section 5: before validity_at, and before the first 03:30 IST after created_at."""
+    """Layer 1 of the guide's 5: before validity_at, and before the first 03:30 IST after created_at."""
     young = token.created is None or now < cutoff_after(token.created)
     return young and token.valid_until is not None and now < token.valid_until
 
@@ -1077,17 +1096,11 @@ def judge_profile(answer: Answer) -> tuple[str, str]:
     return "UNKNOWN", str(answer.code) if answer.code >= 400 else "unexpected answer"
 
 
-def verify_tokens(config: Config, tokens: Sequence[Token]) -> list[Answer]:
-    """The broker's profile answers for these tokens, asked side by side."""
-    calls = [functools.partial(ask_profile, config, token.access_token) for token in tokens]
-    return run_within(PROFILE_SECONDS, NO_ANSWER, *calls)
-
-
 def classify_tokens(config: Config, rows: Mapping[str, Token], now: float) -> list[Status]:
     """The status of every configured app (the guide 6)."""
     verdicts = {app.name: judge_stored(rows.get(app.name), app.client_id, now) for app in config.apps}
     asked = [rows[name] for name, verdict in verdicts.items() if verdict is None]
-    answers = verify_tokens(config, asked)
+    answers = ask_profiles(config, asked)
     verdicts |= {token.api_name: judge_profile(answer) for token, answer in zip(asked, answers)}
     return [Status(name, *verdict, rows.get(name)) for name, verdict in verdicts.items()]
 
@@ -1108,29 +1121,26 @@ def access_token(api_name: str, db: str | os.PathLike | None = None) -> str:
 
 # ---- One run at a time, and what protects the account --------------------------------------------
 
-
 def lock_database(path: Path) -> int:
     """Become the one generating run of this database; the open lock file. The lock ends with its process."""
-    file = Path(f"{path.resolve()}.upstox-lock")
-    busy = TokenError("Another run is busy generating tokens for this database. Try again when it has ended.", BUSY)
+    file, handle = Path(f"{path.resolve()}.upstox-lock"), -1
     try:
         handle = os.open(file, os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            if isinstance(error, (BlockingIOError, PermissionError)):
-                raise busy from None
-            raise
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
     except OSError as error:
+        if handle >= 0:
+            os.close(handle)
+        if handle >= 0 and isinstance(error, (BlockingIOError, PermissionError)):
+            raise TokenError("Another run is busy generating tokens for this database. Try again when it has "
+                             "ended.", BUSY) from None
         raise DatabaseError(f"The lock file {file} cannot be used: {error.strerror}. Give this user write "
                             "permission on it and on its folder, on a disk of this machine.") from None
-    return handle
 
 
 def unlock_database(handle: int) -> None:
@@ -1147,28 +1157,30 @@ def credentials_of(config: Config) -> str:
     return hmac.new(config.totp.encode(), who, hashlib.sha256).hexdigest() if config.totp else ""
 
 
-Memory = tuple[int, int, bool, str]  # codes and PINs sent and not taken, whether the PIN was ever accepted, a hold
+# codes and PINs sent and not taken, whether the PIN was ever accepted, a hold
+Memory = tuple[int, int, bool, str]
 
 
 def recall(path: Path, credentials: str) -> Memory:
     """What became of these credentials so far, from their audit rows and nothing else.
 
-    Only what follows clears a secret that was sent: the next step for a code, arrival for the PIN, or that its
-    field never held the whole value (NOT_SENT). An operator's HOLD_LIFTED clears all; then the PIN has to
-    prove itself again.
+    Only what follows clears a secret that was sent: the next step for a code, arrival for the PIN, or that
+    its field never held the whole value (NOT_SENT). An operator's HOLD_LIFTED clears all; then the PIN has
+    to prove itself again.
     """
-    events = read_events(path, "outcome, reason", "credentials = ?", credentials)
-
-    def last(*outcomes: str) -> int:
-        return max((place for place, event in enumerate(events) if event[0] in outcomes), default=-1)
-
-    def open_entries(kind: str) -> int:
-        since = events[last(f"{kind}_TAKEN", "HOLD_LIFTED") + 1:]
-        return sum((event[0] == f"{kind}_SENT") - (event[0] == f"{kind}_NOT_SENT") for event in since)
-
-    lifted, held = last("HOLD_LIFTED"), last("HOLD")
-    hold = (text_of(events[held][1]) or "an earlier login was refused") if held > lifted else ""
-    return open_entries("CODE"), open_entries("PIN"), last("PIN_TAKEN") > lifted, hold
+    codes, pins, proven, hold = 0, 0, False, ""
+    for outcome, reason in read_events(path, "outcome, reason", "credentials = ?", credentials):
+        if outcome == "HOLD_LIFTED":
+            codes, pins, proven, hold = 0, 0, False, ""
+        elif outcome == "HOLD":
+            hold = text_of(reason) or "an earlier login was refused"
+        elif outcome == "PIN_TAKEN":
+            pins, proven = 0, True
+        elif outcome == "CODE_TAKEN":
+            codes = 0
+        codes += {"CODE_SENT": 1, "CODE_NOT_SENT": -1}.get(outcome, 0)
+        pins += {"PIN_SENT": 1, "PIN_NOT_SENT": -1}.get(outcome, 0)
+    return codes, pins, proven, hold
 
 
 def hold_reason(memory: Memory, attended: bool) -> str:
@@ -1193,12 +1205,6 @@ def current_hold(path: Path, config: Config, attended: bool = False) -> str:
     return hold_reason(recall(path, credentials_of(config)), attended)
 
 
-def sent_windows(path: Path, now: float) -> set[int]:
-    """The TOTP windows, this one and later, whose code was sent from this database, whoever sent it."""
-    window = int(now // TOTP_WINDOW)
-    return {row[0] for row in read_events(path, "number", "outcome = 'CODE_SENT' AND number >= ?", window)}
-
-
 def totp_wait(now: float, sent: Iterable[int]) -> float:
     """Seconds until a code may be sent that was never sent (`sent`: windows) and has time left."""
     window, left = int(now // TOTP_WINDOW), TOTP_WINDOW - now % TOTP_WINDOW
@@ -1212,36 +1218,36 @@ def totp_wait(now: float, sent: Iterable[int]) -> float:
 
 # ---- The browser: a Chromium of our own, and nothing about how to log in -------------------------
 
-# one look: the address, the visible fields and buttons of the steps, what else is there, the text; the page is
-# asked to remember what each field ever held and whether its form was submitted, since both may pass unseen
+# one look: the address, the visible fields and buttons of the steps, what else is there, the text; the page
+# is asked to count how often each form was submitted, which may pass between two looks
 LOOK = """
 const [ids, captcha] = arguments, key = Symbol.for('upstox_tokens');
 const digits = e => (e.value || '').replace(/[^0-9]/g, '');
 const visible = e => e && e.getClientRects().length && getComputedStyle(e).visibility !== 'hidden';
 if (!document[key]) {
-  const past = document[key] = {longest: {}, submits: {}};
-  addEventListener('input', ({target: e}) => {
-    past.longest[e.id] = Math.max(past.longest[e.id] || 0, digits(e).length); }, true);
+  const submits = document[key] = {};
   addEventListener('submit', ({target: form}) => {
-    for (const e of form.elements) past.submits[e.id] = (past.submits[e.id] || 0) + 1; }, true);
+    for (const e of form.elements) submits[e.id] = (submits[e.id] || 0) + 1; }, true);
 }
-const items = {}, {longest, submits} = document[key];
+const items = {};
 for (const id of ids) {
   const e = document.getElementById(id);
   if (visible(e)) items[id] = {element: e, enabled: !e.disabled && !e.readOnly, value: digits(e),
-    longest: longest[id] || 0, submits: submits[id] || 0};
+    submits: document[key][id] || 0};
 }
 const name = e => e.id || `${e.tagName.toLowerCase()} '${(e.innerText || e.name || '').trim().slice(0, 30)}'`;
-return {url: location.href, born: performance.timeOrigin, items,
-  captcha: !!document.querySelector(captcha) && !(document.querySelector('[name="cf-turnstile-response"]') || {}).value,
-  shown: [...document.querySelectorAll('input, select, textarea, button')].filter(visible).slice(0, 12).map(name),
-  text: (document.body ? document.body.innerText : '').slice(0, 20000)};
+const shown = [...document.querySelectorAll('input, select, textarea, button')].filter(visible);
+const solved = document.querySelector('[name="cf-turnstile-response"]')?.value;
+return {items, broken: !location.protocol.startsWith('http'),
+  captcha: !!document.querySelector(captcha) && !solved,
+  shown: shown.slice(0, 12).map(name), text: (document.body ? document.body.innerText : '').slice(0, 20000)};
 """
 # compare and click in one script, so that no re-rendering comes between; a button that something covers
 # (a spinner) has to wait, as it would for a person
 PRESS = """
 const [field, e, digits] = arguments;
-if (field.value.replace(/[^0-9]/g, '').length !== digits || e.disabled || !e.getClientRects().length) return false;
+const held = field.value.replace(/[^0-9]/g, '').length;
+if (held !== digits || e.disabled || !e.getClientRects().length) return false;
 e.scrollIntoView({block: 'center'});
 const {x, y, width, height} = e.getBoundingClientRect();
 if (!e.contains(document.elementFromPoint(x + width / 2, y + height / 2))) return false;
@@ -1266,6 +1272,7 @@ KEEPER = """
 import contextlib, os, shutil, signal, subprocess, sys, time
 os.mkdir(sys.argv[1], 0o700)
 driver = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, start_new_session=True)
+os.close(1)  # it is the driver's alone, so that its end is seen
 sys.stdin.buffer.read()
 with contextlib.suppress(OSError):
     if os.name == "nt":
@@ -1290,7 +1297,6 @@ class View(NamedTuple):
     captcha: bool = False
     shown: Sequence[str] = ()
     text: str = ""
-    born: float = 0  # which document it is
     broken: bool = False  # Chromium shows an error page of its own
 
     @property
@@ -1300,7 +1306,6 @@ class View(NamedTuple):
 
     @property
     def blank(self) -> bool:
-        """Whether there is nothing to be seen."""
         return not (self.text.strip() or self.shown)
 
     @property
@@ -1308,10 +1313,9 @@ class View(NamedTuple):
         """The page's host, as a message names it."""
         return printable(urllib.parse.urlsplit(self.url).netloc.rpartition("@")[2], 100)
 
-    def toast(self) -> tuple[str, str]:
-        """(message, code) of the newest error toast; it lives 3 s and ends in [code] (facts)."""
-        found = re.findall(r"^(.*)\[([0-9]{3,7})\]\s*$", self.text, re.MULTILINE)
-        return (printable(found[-1][0], 200), found[-1][1]) if found else ("", "")
+    def field(self, step: str) -> Mapping[str, Any]:
+        """What was seen of a step's field."""
+        return self.items[STEPS[step][0]]
 
 
 def same_place(url: str, other: str) -> bool:
@@ -1331,23 +1335,57 @@ def resolver_rules(redirect_uris: Iterable[str]) -> str:
     rules = set()
     for parts in map(urllib.parse.urlsplit, redirect_uris):
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-        # without a port an http address may be tried as https first
-        rules |= {f"MAP {host}:{port} ~NOTFOUND" for port in ([parts.port] if parts.port else [80, 443])}
+        ports = [parts.port] if parts.port else [80, 443]  # an http address may be tried as https first
+        rules |= {f"MAP {host}:{port} ~NOTFOUND" for port in ports}
     return ",".join(sorted(rules))
 
 
 @contextlib.contextmanager
-def browser_faults() -> Iterator[None]:
-    """Turn what Selenium and its HTTP client raise into PageFault: their texts may quote what was typed."""
-    from selenium.common.exceptions import WebDriverException
+def browser_faults() -> Iterator[Any]:
+    """Around calls of Selenium: an element gone or taking no keys ends the block, all else is a PageFault.
+
+    It gives Selenium's exceptions. Their texts may quote what was typed, so they go no further.
+    """
+    from selenium.common import exceptions as problems
     from selenium.webdriver.remote.remote_connection import urllib3
     try:
-        yield
-    except WebDriverException as error:
+        yield problems
+    except (problems.ElementNotInteractableException, problems.InvalidElementStateException,
+            problems.StaleElementReferenceException):
+        pass
+    except problems.WebDriverException as error:
         reason = re.search(r"net::\w+|timeout|crashed|disconnected", str(error.msg))
         raise PageFault(reason[0] if reason else type(error).__name__) from None
     except (urllib3.exceptions.HTTPError, OSError) as error:
         raise PageFault(type(error).__name__) from None
+
+
+def find_driver(environ: Mapping[str, str]) -> tuple[str, str]:
+    """Paths of driver and browser: the chromedriver on PATH, else what Selenium Manager finds or fetches."""
+    if path := shutil.which("chromedriver", path=environ.get("PATH")):
+        return path, ""
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.common.driver_finder import DriverFinder
+    kept = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith("UPSTOX_")}
+    os.environ["SE_AVOID_STATS"] = "true"
+    try:
+        finder = DriverFinder(Service(), Options())
+        return finder.get_driver_path(), finder.get_browser_path()
+    except WebDriverException:
+        raise LoginFailed(f"there is no chromedriver, and none could be fetched. {INSTALL_BROWSER}",
+                          THIS_RUN) from None
+    finally:
+        os.environ.update(kept)  # its helper program was not to see our secrets
+
+
+def driver_address(output: Any) -> str:
+    """The address that a starting chromedriver announces, empty when it ends instead."""
+    for line in output:
+        if match := re.search(rb"started successfully on port (\d+)", line):
+            return f"http://127.0.0.1:{int(match[1])}"
+    return ""
 
 
 class Browser:
@@ -1366,24 +1404,25 @@ class Browser:
         driver_path, browser_path = find_driver(self.environ)
         for _ in range(2):  # its random port may be taken on one of its two addresses: once more
             profile = self.spawn(driver_path)
-            if address := run_within(DRIVER_SECONDS, "", lambda: driver_address(self.keeper.stdout))[0]:
+            [address] = run_within(DRIVER_SECONDS, "", driver_address, [self.keeper.stdout])
+            if address:
                 break
             self.close()
         else:
             raise PageFault("chromedriver did not start")
         from selenium import webdriver
-        from selenium.common.exceptions import WebDriverException
         from selenium.webdriver.common.proxy import Proxy, ProxyType
         from selenium.webdriver.remote.client_config import ClientConfig
         # straight to the driver: a proxy would read every key typed
         config = ClientConfig(address, timeout=DRIVER_SECONDS, proxy=Proxy({"proxyType": ProxyType.DIRECT}))
-        with browser_faults():
+        with browser_faults() as problems:
             try:
                 self.driver = webdriver.Remote(address, options=self.options(profile, browser_path),
                                                client_config=config)
-            except WebDriverException as error:
+            except problems.WebDriverException as error:
                 said = printable(str(error.msg).partition("\n")[0], 200)
-                raise LoginFailed(f"the browser did not start ({said}). {INSTALL_BROWSER}", THIS_RUN) from None
+                raise LoginFailed(f"the browser did not start ({said}). {INSTALL_BROWSER}",
+                                  THIS_RUN) from None
             self.driver.set_page_load_timeout(PAGE_SECONDS)
 
     def spawn(self, driver_path: str) -> str:
@@ -1438,39 +1477,38 @@ class Browser:
         """Load a page. Ending at the unreachable redirect URI is arrival, not a fault."""
         if self.driver is None:
             self.start()
-        from selenium.common.exceptions import WebDriverException
-        with browser_faults():
+        with browser_faults() as problems:
             try:
                 self.driver.get(url)
-            except WebDriverException as error:
+            except problems.WebDriverException as error:
                 arrived = any(same_place(self.driver.current_url, uri) for uri in self.redirect_uris)
                 if "ERR_NAME_NOT_RESOLVED" not in str(error.msg) or not arrived:
                     raise
 
     def look(self) -> View:
         """What the page shows now; only its address while it is between two documents."""
-        from selenium.common.exceptions import WebDriverException
         ids = [name for pair in STEPS.values() for name in pair]
-        with browser_faults():
+        with browser_faults() as problems:
             try:
-                view = View(**self.driver.execute_script(LOOK, ids, CAPTCHA))
-                if view.url.startswith("http"):
-                    return view
-            except WebDriverException as error:
+                seen, said = self.driver.execute_script(LOOK, ids, CAPTCHA), ""
+                # the driver's word for the address: a page may bend what a script hands over
+                url = self.driver.current_url
+                if isinstance(seen, dict) and not seen.get("broken"):
+                    return View(url, seen.get("items") or {}, bool(seen.get("captcha")),
+                                seen.get("shown") or [], str(seen.get("text") or ""))
+            except problems.WebDriverException as error:
                 if re.search("session|crash|disconnected|not reachable|no such window", str(error.msg)):
                     raise
-            return View(self.driver.current_url, broken=True)  # an error page does not know its own address
+                said = getattr(error, "alert_text", "")  # of a dialog that the driver has dismissed
+            # an error page does not know its own address
+            return View(self.driver.current_url, text=said or "", broken=True)
 
     def type(self, view: View, step: str, keys: str) -> bool:
         """Type into the very field that was looked at; False when it is gone or cannot be typed into."""
-        from selenium.common import exceptions as problems
         with browser_faults():
-            try:
-                view.items[STEPS[step][0]]["element"].send_keys(keys)
-                return True
-            except (problems.ElementNotInteractableException, problems.InvalidElementStateException,
-                    problems.StaleElementReferenceException):
-                return False
+            view.field(step)["element"].send_keys(keys)
+            return True
+        return False
 
     def clear(self, view: View, step: str) -> bool:
         """Empty the field that was looked at, as a person would."""
@@ -1480,21 +1518,22 @@ class Browser:
 
     def press(self, view: View, step: str, digits: int) -> bool:
         """Press the step's button if its field still holds so many digits and nothing covers it."""
-        from selenium.common.exceptions import StaleElementReferenceException
         field, button = (view.items[name]["element"] for name in STEPS[step])
         with browser_faults():
-            try:
-                return bool(self.driver.execute_script(PRESS, field, button, digits))
-            except StaleElementReferenceException:
-                return False
+            return bool(self.driver.execute_script(PRESS, field, button, digits))
+        return False
 
     def evidence(self, stem: Path, hidden: Iterable[str]) -> None:
-        """Store a screenshot and the page's text, every digit blanked."""
+        """Store a screenshot and the page's text, every digit blanked; the page may paint them again."""
         with browser_faults():
-            self.driver.execute_script(BLANK)
-            Path(f"{stem}.png").write_bytes(self.driver.get_screenshot_as_png())
-            text = re.sub(r"\d", "*", redact(self.look().text, hidden))
-            Path(f"{stem}.txt").write_text(text, encoding="utf-8")
+            for _ in range(10):
+                self.driver.execute_script(BLANK)
+                picture, text = self.driver.get_screenshot_as_png(), self.look().text
+                if not re.search(r"\d{4}", text):
+                    Path(f"{stem}.png").write_bytes(picture)
+                    Path(f"{stem}.txt").write_text(re.sub(r"\d", "*", redact(text, hidden)), encoding="utf-8")
+                    return
+            raise PageFault("it keeps painting its digits again")
 
     def close(self) -> None:
         """End driver and browser and delete the profile; safe to call at any time."""
@@ -1505,103 +1544,62 @@ class Browser:
             keeper.stdout.close()
 
 
-def find_driver(environ: Mapping[str, str]) -> tuple[str, str]:
-    """Paths of driver and browser: the chromedriver on PATH, else what Selenium Manager finds or fetches."""
-    if path := shutil.which("chromedriver", path=environ.get("PATH")):
-        return path, ""
-    from selenium.common.exceptions import WebDriverException
-    from selenium.webdriver.chrome.options import Options
-    from selenium.webdriver.chrome.service import Service
-    from selenium.webdriver.common.driver_finder import DriverFinder
-    kept = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith("UPSTOX_")}
-    os.environ["SE_AVOID_STATS"] = "true"
-    try:
-        finder = DriverFinder(Service(), Options())
-        return finder.get_driver_path(), finder.get_browser_path()
-    except WebDriverException:
-        raise LoginFailed(f"there is no chromedriver, and none could be fetched. {INSTALL_BROWSER}",
-                          THIS_RUN) from None
-    finally:
-        os.environ.update(kept)  # its helper program was not to see our secrets
-
-
-def driver_address(output: Any) -> str:
-    """The address that a starting chromedriver announces, empty when it ends instead."""
-    for line in output:
-        if match := re.search(rb"started successfully on port (\d+)", line):
-            return f"http://127.0.0.1:{int(match[1])}"
-    return ""
-
-
 # ---- The login page: one look, one decision, one act ---------------------------------------------
-
 
 ENTRY = {"mobile": "mobile number", "otp": "TOTP code", "pin": "PIN"}
 EVENTS = {"otp": "CODE", "pin": "PIN"}  # what the audit rows call them
 
-# verb and detail: arrived (url), fail, refused and unsent (what to raise), wait, captcha, type (keys), and
-# clear, code, finish, press, taken (the step)
+# verb and detail: arrived (url), refused (what to raise), wait, captcha, and with the step code, clear, type,
+# finish, press, taken
 Move = tuple[str, Any]
 
 
-def what_is_seen(view: View) -> str:
-    """A page in one line, so that a person sees at once what changed."""
-    line = next((line.strip() for line in view.text.splitlines() if line.strip()), "")
-    shown = ", ".join(printable(name, 50) for name in view.shown) or "none"
-    return f'host {view.host}; first line: "{printable(line, 120)}"; visible fields and buttons: {shown}'
-
-
-def new_line(view: View, before: str) -> str:
-    """The first line that the page did not show before; a countdown or a success is no news."""
+def news(view: View, before: str | None) -> list[str]:
+    """The lines that the page did not show `before` the last entry; a countdown or a success is no news."""
+    if before is None:
+        return []
     known = set(before.splitlines())
-    news = (line for line in view.text.splitlines() if line.strip() and line not in known)
-    return next((printable(line, 200) for line in news if not re.search("resen[dt]|successfully", line, re.I)), "")
+    lines = (line for line in view.text.splitlines() if line.strip() and line not in known)
+    return [printable(line, 200) for line in lines if not re.search("resen[dt]|successfully", line, re.I)]
 
 
-def known_complaint(view: View) -> tuple[str, int] | None:
-    """What the page says, where the facts know it: (text, reach)."""
+def toast(lines: Sequence[str]) -> tuple[str, str]:
+    """(message, code) of the newest line with a code in brackets, as the page's error toasts have it."""
+    found = [match for line in lines if (match := re.search(r"(.*)\[([0-9]{7}|[0-9]{3})\]", line))]
+    return (found[-1][1].strip(), found[-1][2]) if found else ("", "")
+
+
+def known_page(view: View) -> tuple[str, int] | None:
+    """What a page's heading or path means, where the facts know it: (text, reach)."""
     path = urllib.parse.urlsplit(view.url).path
     for pattern, row in PAGE_TEXTS.items():
         if re.search(pattern, view.text, re.I | re.M) or re.search(pattern, path):
             return row
-    if dialog := re.search(r"UDAPI\d+", view.text):
-        meaning, remedy = BROKER_ERRORS.get(dialog[0], ("the authorize dialog answered with an error", "Run again."))
+    return None
+
+
+def known_complaint(view: View, lines: Sequence[str]) -> tuple[str, int] | None:
+    """What the page says, where the facts know it: (text, reach). `lines`: what is new on it."""
+    if row := known_page(view):
+        return row
+    if not view.step and (dialog := re.search(r"UDAPI\d+", view.text)):
+        unknown = "the authorize dialog answered with an error", "Run again."
+        meaning, remedy = BROKER_ERRORS.get(dialog[0], unknown)
         return f"{meaning} ({dialog[0]}). {remedy}", THIS_APP
-    field = view.items.get("otpNum", {"enabled": True})
-    if not field["enabled"] and re.search("too many|exceeded|blocked|try again (after|in)", view.text, re.I):
-        return OTP_BLOCKED
-    return PAGE_CODES.get(view.toast()[1])
-
-
-def judge_complaint(view: View, login: Login) -> Move | None:
-    """What the page says against going on, as a move; None when it says nothing that can be read."""
-    message, code = view.toast()
-    said = f"{message} {code}".strip() if code else ""
-    if login.sent and not said and REFUSAL.search(login.said):
-        said = login.said  # nobody knows how the broker words a refusal, nor whether it has a code
-    if login.old and login.old in view.text:
-        return None
-    row = known_complaint(view)
-    if login.sent == "pin" and (row or said):
-        return "fail", pin_failure(*(row or ("", THIS_RUN)), said)
-    if row:
-        return "fail", LoginFailed(*row)
-    if not said:
-        return None
-    if login.sent == "otp":
-        return "refused", LoginFailed(f"the broker refused the TOTP code ({said}). Check UPSTOX_TOTP and this "
-                                      "machine's clock, then start the menu.", A_HOLD)
-    if login.sent == "mobile":
-        return "fail", LoginFailed(f"the broker did not accept the mobile number ({said}). Check "
-                                   "UPSTOX_MOBILE_NUMBER.", A_PERSON)
-    return "fail", LoginFailed(f"the login page says: {said}. Run again.")
+    for line in lines:
+        blocked = re.search("too many|exceeded|blocked|try again (after|in)", line, re.I)
+        if blocked and not view.items.get("otpNum", {"enabled": True})["enabled"]:
+            return OTP_BLOCKED
+        if re.match("something went wrong", line, re.I):
+            return WENT_WRONG
+    return PAGE_CODES.get(toast(lines)[1])
 
 
 def pin_failure(known: str, reach: int, said: str) -> LoginFailed:
-    """A PIN that did not lead to a login ends the run, whatever was answered; refused in words, it is a hold."""
+    """A PIN that did not lead to a login ends the run, whatever was answered; refused in words: a hold."""
     if reach < A_HOLD and REFUSAL.search(said) and (not known or "pin" in said.lower()):
-        return LoginFailed(f"the broker refused the PIN ({said}). Correct UPSTOX_PIN: five wrong PINs lock the "
-                           "account.", A_HOLD)
+        return LoginFailed(f"the broker refused the PIN ({said}). Correct UPSTOX_PIN: five wrong PINs lock "
+                           "the account.", A_HOLD)
     if reach == A_HOLD:
         return LoginFailed(known, reach)
     known = known.removesuffix(" Run again.") or f"the login page answered to the PIN: {said}."
@@ -1609,23 +1607,137 @@ def pin_failure(known: str, reach: int, said: str) -> LoginFailed:
                        "account in the Upstox app.", max(reach, THIS_RUN))
 
 
+def no_progress(step: str, text: str, reach: int = THIS_APP) -> LoginFailed:
+    """The page or the browser did not go on; `step`: whose entry had been sent, or an empty text."""
+    if step == "pin":
+        return pin_failure(text, THIS_RUN, "")
+    return LoginFailed(f"{text} Run again; if it stays so, look at it with --headed.", reach)
+
+
+def judge_complaint(view: View, login: Login) -> Move | None:
+    """What the page says against going on: raised, or the move `refused`; None when nothing can be read."""
+    lines = news(view, login.before)
+    message, code = toast(lines)
+    said = f"{message} {code}".strip()
+    if login.sent and not said and REFUSAL.search(login.said):
+        said = login.said  # nobody knows how the broker words a refusal, nor whether it has a code
+    if login.old and login.old in view.text:
+        return None
+    row = known_complaint(view, lines)
+    if login.sent == "pin" and (row or said):
+        raise pin_failure(*(row or ("", THIS_RUN)), said)
+    if row:
+        raise LoginFailed(*row)
+    if not said:
+        return None
+    if login.sent == "otp":
+        return "refused", LoginFailed(f"the broker refused the TOTP code ({said}). Check UPSTOX_TOTP and "
+                                      "this machine's clock, then start the menu.", A_HOLD)
+    if login.sent == "mobile":
+        raise LoginFailed(f"the broker did not accept the mobile number ({said}). Check "
+                          "UPSTOX_MOBILE_NUMBER.", A_PERSON)
+    raise LoginFailed(f"the login page says: {said}. Run again.")
+
+
+def unknown_page(view: View, lead: str = "") -> LoginFailed:
+    """The page is not one of the facts: a person has to look, and sees in one line what changed."""
+    line = next((line.strip() for line in view.text.splitlines() if line.strip()), "")
+    shown = ", ".join(printable(name, 50) for name in view.shown) or "none"
+    return LoginFailed("the login page shows something this program does not know, so nothing more is typed "
+                       f'(host {view.host}; first line: "{printable(line, 120)}"; visible fields and '
+                       f"buttons: {shown}). {lead}Look at it with --headed or --debug-dir; --flow V3 works "
+                       "meanwhile.", A_PERSON)
+
+
+def enter(view: View, login: Login, waited: float) -> Move:
+    """What to type into the step shown. Each digit is typed once: a page may take it without showing it.
+
+    The last digit is a move of its own, since it is noted first.
+    """
+    step, field = view.step, view.field(view.step)
+    if step in login.done:
+        raise LoginFailed(*SESSION_LOST)
+    if waited > PAGE_SECONDS:
+        raise unknown_page(view, f"Its field stayed disabled or filled ({step}). ")
+    if not field["enabled"] or login.old and login.old in view.text and waited < PAGE_SECONDS / 3:
+        return "wait", ""
+    if view.captcha and not login.texts:
+        return "captcha", ""  # --check types nothing, so the button cannot tell whether it is in the way
+    if step not in login.texts:
+        return "code", step
+    if step not in login.typed:
+        return ("clear" if field["value"] else "type"), step
+    if field["value"] == login.texts[step][:-1]:
+        return "finish", step
+    if waited > KEYS_SECONDS:
+        raise unknown_page(view, f"It does not keep what is typed ({step}). ")
+    return "wait", ""
+
+
+def press_or_wait(view: View, login: Login, waited: float) -> Move | None:
+    """The entry stands in its field: press, or wait for the button; None when the page took it by itself."""
+    step, text = login.sent, login.texts[login.sent]
+    field, button = (view.items[name] for name in STEPS[step])
+    if field["value"] != text or not field["enabled"] or field["submits"] > login.submits:
+        return None
+    if step == "pin" and (login.said or waited < login.settle):
+        return None  # it may have been submitted by the page itself
+    if waited > PAGE_SECONDS:
+        raise no_progress(step, f"the page's button stayed disabled or covered after the {ENTRY[step]} was "
+                                "typed.")
+    if button["enabled"]:
+        return "press", step
+    return ("captcha" if view.captcha else "wait"), ""
+
+
+def await_judgement(view: View, login: Login, waited: float) -> Move:
+    """After an entry was sent: press its button once, then see what the broker makes of it."""
+    step = login.sent
+    if step == "pin" and view.step not in ("", "pin"):
+        raise pin_failure(*SESSION_LOST, "")
+    if view.step == step and not login.pressed and (move := press_or_wait(view, login, waited)):
+        return move
+    elsewhere = STEPS[step][0] not in view.items and not view.blank
+    if step == "pin" and elsewhere and waited >= PAGE_SECONDS:
+        raise unknown_page(view, "The PIN had been sent, and whether it was right is not known. ")
+    if waited < OUTCOME_SECONDS:
+        return "wait", ""
+    words = f'it said: "{login.said}"' if login.said else "it said nothing"
+    text = f"within {OUTCOME_SECONDS} s after the {ENTRY[step]} was sent the login page did not go on ({words})."
+    # what is said of the mobile number holds for all apps, and each would ask for an OTP
+    raise no_progress(step, text, THIS_RUN if step == "mobile" and login.said else THIS_APP)
+
+
+def step_is_over(view: View, login: Login, waited: float) -> bool:
+    """Whether the step whose entry was sent went away without complaint: then the broker took the entry.
+
+    The next step or a known page proves it; a page that nobody knows only when patience with it ends, since
+    it may be a word of the broker while it judges.
+    """
+    if view.blank or toast(news(view, login.before))[1]:
+        return False
+    if view.step not in ("", login.sent) or known_page(view):
+        return True
+    return STEPS[login.sent][0] not in view.items and waited >= PAGE_SECONDS
+
+
 def next_move(view: View, login: Login, waited: float) -> Move:
     """What to do about what the page shows: the whole decision of a login. It only reads `login`.
 
-    `waited`: seconds since the last progress. A foreign host comes before anything else, then what the page says;
-    an entry that was sent is never typed again; a step that went away without complaint was taken.
+    `waited`: seconds since the last progress. What ends the login is raised. A foreign host comes before
+    anything else, then what the page says; an entry that was sent is never typed again.
     """
     if same_place(view.url, login.redirect_uri):
         return "arrived", view.url
     if view.url.startswith("http") and not is_brokers(view.url, login.local):
-        return "fail", LoginFailed(f"the login led to a page on {view.host}, which is not the broker's own, so "
-                                   "nothing was typed there. Check UPSTOX_BASE_URL and this machine's network "
-                                   "before you run again.", A_PERSON)
-    if login.sent in ("mobile", "otp") and step_is_gone(view, login.sent):
+        place = f"{urllib.parse.urlsplit(view.url).scheme}://{view.host}"
+        raise LoginFailed(f"the login led to a page on {place}, which is not the broker's own, so nothing was "
+                          "typed there. Check UPSTOX_BASE_URL and this machine's network before you run "
+                          "again.", A_PERSON)
+    if login.sent in ("mobile", "otp") and step_is_over(view, login, waited):
         if view.step == "mobile":
-            return "fail", LoginFailed(*SESSION_LOST)
-        if view.step or known_complaint(view) or waited >= PAGE_SECONDS:
-            return "taken", login.sent
+            raise LoginFailed(*SESSION_LOST)
+        return "taken", login.sent
     if complaint := judge_complaint(view, login):
         return complaint
     if not view.step and view.captcha:
@@ -1637,90 +1749,13 @@ def next_move(view: View, login: Login, waited: float) -> Move:
     if waited < PAGE_SECONDS:
         return "wait", ""
     if not view.blank:
-        return "fail", unknown_page(view)
+        raise unknown_page(view)
     if login.touched:
-        return "fail", LoginFailed(f"the login page went blank for {PAGE_SECONDS} s. Run again.")
-    return "fail", PageFault("the page did not load" if view.broken else "the page stayed blank")
-
-
-def unknown_page(view: View, lead: str = "") -> LoginFailed:
-    """The page is not one of the facts: a person has to look."""
-    return LoginFailed(f"the login page shows something this program does not know, so nothing more is typed "
-                       f"({what_is_seen(view)}). {lead}Look at it with --headed or --debug-dir; --flow V3 works "
-                       "meanwhile.", A_PERSON)
-
-
-def enter(view: View, login: Login, waited: float) -> Move:
-    """The next keys of the step shown. Its last digit is a move of its own, since it is noted first."""
-    step, (name, _) = view.step, STEPS[view.step]
-    if step in login.done:
-        return "fail", LoginFailed(*SESSION_LOST)
-    if waited > PAGE_SECONDS:
-        return "fail", LoginFailed(f"the login page did not take what was typed ({step}). Run again; if it stays "
-                                   "so, look at it with --headed.")
-    text, field = login.texts.get(step, ""), view.items[name]
-    if not field["enabled"] or login.old and login.old in view.text and waited < PAGE_SECONDS / 3:
-        return "wait", ""
-    if view.captcha and not login.texts:
-        return "captcha", ""  # --check types nothing, so the button cannot tell whether it is in the way
-    if not text:
-        return "code", step
-    if field["value"] == text[:-1]:
-        return "finish", step
-    if text[:-1].startswith(field["value"]):
-        return "type", text[len(field["value"]):-1]
-    return "clear", step
-
-
-def step_is_gone(view: View, step: str) -> bool:
-    """Whether a step went away without complaint: then the broker took its entry."""
-    return STEPS[step][0] not in view.items and not view.blank and not view.toast()[1]
-
-
-def await_judgement(view: View, login: Login, waited: float) -> Move:
-    """After an entry was sent: press its button once, then see what the broker makes of it."""
-    step = login.sent
-    if step == "pin" and view.step not in ("", "pin"):
-        return "fail", pin_failure(*SESSION_LOST, "")
-    if view.step == step and not login.pressed and (move := press_or_wait(view, login, waited)):
-        return move
-    if waited < OUTCOME_SECONDS:
-        return "wait", ""
-    if step == "pin" and not view.step and not view.blank:
-        return "fail", unknown_page(view, "The PIN had been sent, and whether it was right is not known. ")
-    words = f'it said: "{login.said}"' if login.said else "it said nothing"
-    text = f"within {OUTCOME_SECONDS} s after the {ENTRY[step]} was sent the login page did not go on ({words})."
-    if step == "pin":
-        return "fail", pin_failure(text, THIS_RUN, "")
-    return "fail", LoginFailed(f"{text} Run again; if it stays so, look at it with --headed.")
-
-
-def press_or_wait(view: View, login: Login, waited: float) -> Move | None:
-    """The entry stands in its field: press, or wait for the button; None when the page has taken it by itself."""
-    step, text = login.sent, login.texts[login.sent]
-    field, button = (view.items[name] for name in STEPS[step])
-    if field["value"] == text[:-1] and field["longest"] < len(text) and view.born == login.born:
-        if waited < PAGE_SECONDS:
-            return "finish", step  # the last key was lost, so nothing was sent
-        return "unsent", LoginFailed(f"the login page did not keep what was typed ({step}). Run again.")
-    if field["value"] != text or field["submits"] > login.submits:
-        return None
-    if button["enabled"] and field["enabled"]:
-        return "press", step
-    if view.captcha:
-        return "captcha", ""
-    if not field["enabled"]:
-        return None
-    if waited < PAGE_SECONDS:
-        return "wait", ""
-    text = f"the page's button stayed disabled after the {ENTRY[step]} was typed."
-    if step == "pin":
-        return "fail", pin_failure(text, THIS_RUN, "")
-    return "fail", LoginFailed(f"{text} Run again; if it stays so, look at it with --headed.")
+        raise LoginFailed(f"the login page went blank for {PAGE_SECONDS} s. Run again.")
+    raise PageFault("the page did not load" if view.broken else "the page stayed blank")
 
 
 # ---- A generating run: what every way of starting one shares -------------------------------------
-
 
 class Run:
     """One generating run: what it was asked for, how each app fares, how it ended.
@@ -1730,289 +1765,102 @@ class Run:
     """
 
     def __init__(self, ctx: Context, config: Config, source: str, mode: str, named: Sequence[str] = (), *,
-                 flow: str, headed: bool = False, lifted: str = "", stopping: Callable[[], bool] = lambda: False,
-                 listen: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> None:
+                 flow: str, headed: bool = False, lifted: str = "") -> None:
         self.ctx, self.config, self.path = ctx, config, find_database(ctx.args.db)
         self.source, self.mode, self.named, self.flow = source, mode, list(named), flow
-        self.headed, self.lifted, self.stopping, self.listen = headed, lifted, stopping, listen
+        self.headed, self.lifted = headed, lifted  # lifted: the hold that the operator goes ahead from
         self.run_id, self.hidden = secrets.token_hex(8), config.secrets()
+        self.credentials = credentials_of(config)
         self.lock: int | None = None
         self.statuses: dict[str, Status] = {}
         self.apps: list[App] = []
         self.progress: dict[str, tuple[str, str]] = {}
         self.waiting = ""  # what a person has to do now
+        self.manual = False  # the PIN's page was seen not to submit by itself
         self.operator = self.captcha = self.ended = False
         self.problem = ""  # what ended the run itself
 
+    def show(self, name: str, text: str, left: float | None = None) -> None:
+        """A line as `[2/6] WEBSOCKET1: PIN sent`, or a wait of `left` more seconds; REST asks for jobs."""
+        if name in self.progress:
+            text = f"[{list(self.progress).index(name) + 1}/{len(self.progress)}] {name}: {text}"
+        if self.source == "REST":
+            return
+        if left is None:
+            self.ctx.inform(text)
+        else:
+            self.ctx.count(text, left)
+
     def tell(self, name: str, text: str) -> None:
-        """One step of one app, kept for the HTTP API and told on the command line."""
+        """One step of one app."""
         text = redact(text, self.hidden)
         if self.progress.get(name, ("",))[0] in ("PENDING", "RUNNING"):
             self.progress[name] = ("RUNNING", text)
-        if self.source != "REST":
-            self.ctx.inform(self.place(name) + text)
-
-    def place(self, name: str) -> str:
-        """How a progress line begins: [2/6] WEBSOCKET1."""
-        if name not in self.progress:
-            return ""
-        return f"[{list(self.progress).index(name) + 1}/{len(self.progress)}] {name}: "
-
-    def pause(self, seconds: float, name: str, text: str) -> None:
-        """Sleep in short steps, telling how long it still takes."""
-        end = self.ctx.now() + seconds
-        while (left := end - self.ctx.now()) > 0:
-            if self.source != "REST":
-                self.ctx.count(self.place(name) + text, left)
-            self.ctx.sleep(min(left, 1.0))
-
-    def note(self, name: str, outcome: str, reason: str = "", **memory: Any) -> None:
-        """One event into the audit table, with what must be remembered; raises DatabaseError."""
-        event = {"at": int(self.ctx.now() * 1000), "run_id": self.run_id, "api_name": name,
-                 "source": self.source, "flow": self.flow, "outcome": outcome,
-                 "reason": redact(reason, self.hidden)[:1000] or None, **memory}
-        with transaction(self.path) as connection:
-            add_event(connection, event)
-
-    def note_mildly(self, name: str, outcome: str, reason: str = "", **memory: Any) -> None:
-        """As note, of what only explains or loosens: a database that cannot take it now stops nothing."""
-        try:
-            self.note(name, outcome, reason, **memory)
-        except DatabaseError as error:
-            self.tell(name, f"the audit row was not written: {error}")
+        self.show(name, text)
 
     def settle(self, name: str, state: str, message: str) -> None:
         """How one app ended; a success was audited when its token was stored."""
         message = redact(message, self.hidden)
         self.progress[name] = (state, message)
         if state == "FAILED":
-            self.note_mildly(name, "FAILED", message)
-        if state != "DONE" and self.source != "REST":
-            self.ctx.inform(self.place(name) + message)
+            self.note(name, "FAILED", message)
+        self.show(name, message)
+
+    def pause(self, seconds: float, name: str, text: str) -> None:
+        """Sleep in short steps, telling how long it still takes."""
+        end = self.ctx.now() + seconds
+        while (left := end - self.ctx.now()) > 0:
+            self.show(name, text, left)
+            self.ctx.sleep(min(left, 1.0))
+
+    def note(self, name: str, outcome: str, reason: str = "", *, must: bool = False, **memory: Any) -> None:
+        """One event into the audit table, with what must be remembered.
+
+        `must`: what follows depends on it, so DatabaseError is raised. All else only explains or loosens: a
+        database that cannot take it now stops nothing.
+        """
+        if outcome.startswith(("CODE_", "PIN_", "HOLD")):
+            memory["credentials"] = self.credentials
+        event = {"at": int(self.ctx.now() * 1000), "run_id": self.run_id, "api_name": name,
+                 "source": self.source, "flow": self.flow, "outcome": outcome,
+                 "reason": redact(reason, self.hidden)[:1000] or None, **memory}
+        try:
+            with transaction(self.path) as connection:
+                add_event(connection, event)
+        except DatabaseError as error:
+            if must:
+                raise
+            self.tell(name, f"the audit row was not written: {error}")
+
+    def hold(self) -> str:
+        """Why this run may not log in, or an empty text."""
+        return current_hold(self.path, self.config, self.source == "MENU")
 
     @property
     def exit_code(self) -> int:
         """The command line's exit code (contract 5); a failed renewal is not OK while the old token lives."""
-        wanted = self.named if self.mode == "PARTIAL" else list(self.statuses)
+        wanted = self.named if self.mode == "PARTIAL" else self.statuses
         valid = all(self.statuses[name].word == "VALID" for name in wanted)
         done = all(state == "DONE" for state, _ in self.progress.values())
-        return OPERATOR if self.operator else OK if valid and done and not self.problem else NOT_VALID
+        if self.operator:
+            return OPERATOR
+        return OK if valid and done and not self.problem else NOT_VALID
 
     def failures(self) -> list[str]:
-        """One line per app that got no token: why, and what to do next; then what was left alone."""
+        """One line per app that got no token: why, and what to do next."""
         words = {"FAILED": "failed", "SKIPPED": "not tried"}
         return [f"{name}: {words[state]}: {message}"
                 for name, (state, message) in self.progress.items() if state in words]
 
-    def left_alone(self) -> list[str]:
+    def left_alone(self) -> str:
         """A line that names what INVALID_ONLY leaves alone, since nobody knows whether it is valid."""
         unknown = [name for name, status in self.statuses.items() if status.word == "UNKNOWN"]
         if self.mode != "INVALID_ONLY" or not unknown:
-            return []
-        return [f"Not generated, since the broker gave no verdict about it: {', '.join(unknown)}."]
+            return ""
+        return f"Not generated, since the broker gave no verdict about it: {', '.join(unknown)}."
 
 
 # ---- Selenium login: one app's way through the page ----------------------------------------------
-
-class Login:
-    """One app's way through the login page: looks, lets next_move decide, acts once, and looks again."""
-
-    def __init__(self, run: Run, app: App, browser: Browser) -> None:
-        self.run, self.app, self.browser, config = run, app, browser, run.config
-        self.redirect_uri, self.local = app.redirect_uri, is_brokers(config.base_url, local=True)
-        self.texts = {"mobile": config.mobile, "pin": config.pin}  # what to type; a TOTP code is made when asked for
-        self.touched = False  # something was typed: no second try with a fresh browser
-        self.done: list[str] = []  # steps that were taken
-        self.sent = ""  # the step whose whole text was typed and which is being judged
-        self.pressed, self.before = False, ""  # its button; the page's text before that,
-        self.submits, self.born = 0, 0.0  # the submits of its form, and the document
-        self.said = ""  # the newest line of the page since then
-        self.old = ""  # a complaint that was dealt with and may stay for a moment
-        self.moved = 0.0  # when there was progress; the page's patience is counted from here
-        self.captcha_since: float | None = None
-        self.window = 0  # of the TOTP code under way
-
-    def authorize(self) -> str:
-        """Go through the page until the redirect; the authorization code."""
-        state = secrets.token_urlsafe(16)
-        self.open(state)
-        while True:
-            view, verb, detail = self.decide()
-            if verb == "arrived":
-                if self.sent in EVENTS:
-                    self.note(f"{EVENTS[self.sent]}_TAKEN")
-                return authorization_code(detail, state)
-            self.act(view, verb, detail)
-
-    def open(self, state: str) -> None:
-        """Load the authorize dialog, which leads to the login page."""
-        self.say("opening the login page")
-        self.browser.open(self.run.config.base_url + dialog_path(self.app, state))
-        self.progress()
-
-    def decide(self) -> tuple[View, str, Any]:
-        """Look, less and less often, until there is something to do; the look and the move."""
-        rest = 0.02
-        while True:
-            view = self.browser.look()
-            if self.old not in view.text:
-                self.old = ""
-            if self.sent:  # a toast lives for 3 s only
-                self.said = new_line(view, self.before) or self.said
-            verb, detail = next_move(view, self, self.browser.clock() - self.moved)
-            self.run.waiting = ""
-            if verb == "captcha":
-                self.wait_for_captcha()
-            elif verb != "wait":
-                return view, verb, detail
-            self.browser.rest(rest)
-            rest = min(rest * 1.2, 0.5)
-
-    def wait_for_captcha(self) -> None:
-        """A CAPTCHA belongs to the operator; without a window it can only pass by itself."""
-        headed = self.browser.headed
-        self.progress()
-        if self.captcha_since is None:
-            self.captcha_since = self.moved
-            self.say("solve the CAPTCHA in the browser window" if headed else
-                     "the page shows a CAPTCHA; waiting whether it passes by itself")
-        if self.moved - self.captcha_since > (CAPTCHA_HEADED_SECONDS if headed else CAPTCHA_SECONDS):
-            raise LoginFailed("nobody solved the CAPTCHA in time. Run again when an operator is there." if headed
-                              else "the login page shows a CAPTCHA, which only a person may solve. Run with "
-                                   "--headed on a machine with a display, or use --flow V3.", A_PERSON, captcha=True)
-        if headed:
-            self.run.waiting = f"{self.app.name}: solve the CAPTCHA in the browser window"
-
-    def act(self, view: View, verb: str, detail: Any) -> None:
-        """Do what next_move decided; what it raises ends the login."""
-        if verb == "fail":
-            raise detail
-        if verb == "unsent":
-            self.note(f"{EVENTS.get(self.sent, 'ENTRY')}_NOT_SENT")
-            raise detail
-        if verb == "refused":
-            self.try_next_code(view, detail)
-        elif verb == "code":
-            self.make_code()
-        elif verb == "type":
-            self.touched = True
-            self.browser.type(view, view.step, detail)
-        elif verb == "clear":
-            self.browser.clear(view, detail)
-        elif verb == "finish":
-            self.finish_entry(view, detail)
-        elif verb == "press" and self.browser.press(view, detail, len(self.texts[detail])):
-            self.pressed = True
-            self.progress()
-        elif verb == "taken":
-            self.done.append(detail)
-            self.sent = ""
-            if view.step:  # else the patience with a page that nobody knows goes on
-                self.progress()
-            if detail == "otp":
-                self.note("CODE_TAKEN")
-                self.say("the broker took the TOTP code")
-
-    def progress(self) -> None:
-        """The page's patience begins anew."""
-        self.moved = self.browser.clock()
-
-    def say(self, text: str) -> None:
-        """One progress line."""
-        self.run.tell(self.app.name, text)
-
-    def note(self, outcome: str, reason: str = "") -> None:
-        """An event of these credentials, which explains or loosens."""
-        self.run.note_mildly(self.app.name, outcome, reason, credentials=credentials_of(self.run.config))
-
-    def refuse_under_hold(self) -> None:
-        """What an earlier login left unanswered must not be sent again."""
-        if hold := current_hold(self.run.path, self.run.config, self.run.source == "MENU"):
-            raise LoginFailed(f"{hold}. Find out why, then start the menu.", A_PERSON)
-
-    def code_wait(self) -> float:
-        """Seconds until a TOTP code may be sent."""
-        now = self.run.ctx.now()
-        return totp_wait(now, sent_windows(self.run.path, now))
-
-    def make_code(self) -> None:
-        """Wait for a window whose code was never sent, and make its TOTP code."""
-        import pyotp
-        self.refuse_under_hold()
-        self.run.pause(self.code_wait(), self.app.name, "next TOTP code")
-        self.window = int(self.run.ctx.now() // TOTP_WINDOW)
-        self.texts["otp"] = pyotp.TOTP(self.run.config.totp).at(self.window * TOTP_WINDOW)
-        self.run.hidden.add(self.texts["otp"])
-        self.progress()
-
-    def finish_entry(self, view: View, step: str) -> None:
-        """Type the last digit, which makes the entry whole: by then it is on disk as sent."""
-        first = self.sent != step  # else the last key was lost on its way
-        if first and step in EVENTS and not self.note_sent(step):
-            return
-        self.sent, self.pressed, self.before, self.said, self.touched = step, False, view.text, "", True
-        self.submits, self.born = view.items[STEPS[step][0]]["submits"], view.born
-        typed = self.browser.type(view, step, self.texts[step][-1])
-        if typed and first:
-            self.progress()
-            self.say(f"{ENTRY[step]} sent")
-        elif first:  # the field had gone
-            self.sent = ""
-            if step in EVENTS:
-                self.note(f"{EVENTS[step]}_NOT_SENT")
-
-    def note_sent(self, step: str) -> bool:
-        """Put a code or PIN on disk as sent; False when a code's time is over. What cannot be noted is not sent."""
-        self.refuse_under_hold()
-        number = None
-        if step == "otp":
-            number = self.window
-            if self.code_wait() or int(self.run.ctx.now() // TOTP_WINDOW) != number:
-                del self.texts["otp"]
-                return False
-        try:
-            self.run.note(self.app.name, f"{EVENTS[step]}_SENT", number=number,
-                          credentials=credentials_of(self.run.config))
-        except DatabaseError as error:
-            raise LoginFailed(f"nothing is sent that cannot be noted first. {error}", THIS_RUN) from None
-        return True
-
-    def try_next_code(self, view: View, refusal: LoginFailed) -> None:
-        """After a refused code one more from the next window; two codes not taken: none any more."""
-        self.note("CODE_REFUSED", str(refusal))
-        codes, *_ = recall(self.run.path, credentials_of(self.run.config))
-        if codes >= 2:
-            raise refusal
-        self.say("the broker refused the TOTP code; trying once more with the next one")
-        code = view.toast()[1]
-        self.old, self.sent = f"[{code}]" if code else self.said, ""
-        del self.texts["otp"]
-        self.progress()
-
-
-def log_in(run: Run, app: App, browser: Browser) -> str:
-    """Selenium login (the guide 8): the authorization code of one app.
-
-    A fault before anything was typed is tried once more with a fresh browser, after it never.
-    """
-    for attempt in (1, 2):
-        login = Login(run, app, browser)
-        try:
-            return login.authorize()
-        except LoginFailed:
-            keep_evidence(run, app, browser)
-            raise
-        except PageFault as fault:
-            keep_evidence(run, app, browser)
-            browser.close()
-            text = f"the login page or the browser failed ({fault})."
-            if login.sent == "pin":
-                raise pin_failure(text, THIS_RUN, "") from None
-            if login.touched or attempt == 2:
-                raise LoginFailed(f"{text} Run again; if it stays so, look at it with --headed.") from None
-            run.tell(app.name, f"{fault}; trying once more with a fresh browser")
-    raise AssertionError("unreachable")
-
 
 def authorization_code(url: str, state: str) -> str:
     """The code in the redirect's address, if the state is the one this login sent."""
@@ -2037,22 +1885,202 @@ def keep_evidence(run: Run, app: App, browser: Browser) -> None:
             run.tell(app.name, f"no picture of the page could be stored ({type(error).__name__})")
 
 
-def exchange_and_store(run: Run, app: App, code: str) -> Token:
-    """Exchange the code, store the token, audit: no signal comes between, for a token that exists is stored."""
-    with run.ctx.finish_first():
-        answer = run_within(EXCHANGE_SECONDS, NO_ANSWER, lambda: exchange_code(run.config, app, code))[0]
-        token, user = (answer.json().get(name) for name in ("access_token", "user_id"))
-        if answer.code != 200 or not isinstance(token, str) or not PLAIN_TOKEN.fullmatch(token):
-            raise LoginFailed(f"no token for the authorization code: {explain(answer)}")
-        run.hidden.add(token)
-        now = run.ctx.now()
-        valid_until = cutoff_after(now)
-        row = token_row(app, token, now, valid_until)
-        store_patiently(run, row)
-        run.note_mildly(app.name, "GENERATED", user_id=printable(user, 40) if isinstance(user, str) else None)
-        run.tell(app.name, "token stored")
-        run.progress[app.name] = ("DONE", "token stored")
-        return Token(app.name, token, app.client_id, now, valid_until, row["validity_at"], row["generated_at"])
+class Login:
+    """One app's way through the login page: looks, lets next_move decide, acts once, and looks again."""
+
+    def __init__(self, run: Run, app: App, browser: Browser) -> None:
+        self.run, self.app, self.browser, config = run, app, browser, run.config
+        self.redirect_uri, self.local = app.redirect_uri, is_brokers(config.base_url, local=True)
+        self.texts = {"mobile": config.mobile, "pin": config.pin}  # a TOTP code is made when asked for
+        self.typed: set[str] = set()  # steps whose first digits were typed
+        self.touched = False  # something was typed: no second try with a fresh browser
+        self.done: list[str] = []  # steps that were taken
+        self.sent = ""  # the step whose whole text was typed and which is being judged
+        self.pressed, self.submits = False, 0  # its button; the submits of its form before
+        self.before: str | None = None  # the page's text before that
+        self.said = ""  # the newest line of the page since then
+        self.old = ""  # a complaint that was dealt with and may stay for a moment
+        self.settle = 0.0 if run.manual else SETTLE_SECONDS
+        self.moved = 0.0  # when there was progress; the page's patience is counted from here
+        self.captcha_since: float | None = None
+        self.window = 0  # of the TOTP code under way
+
+    def authorize(self) -> str:
+        """Go through the page until the redirect; the authorization code."""
+        state = secrets.token_urlsafe(16)
+        self.open(state)
+        view, verb, detail = self.decide()
+        while verb != "arrived":
+            self.act(view, verb, detail)
+            view, verb, detail = self.decide()
+        if self.sent in EVENTS:
+            self.run.note(self.app.name, f"{EVENTS[self.sent]}_TAKEN")
+        return authorization_code(detail, state)
+
+    def open(self, state: str) -> None:
+        self.say("opening the login page")
+        self.browser.open(self.run.config.base_url + dialog_path(self.app, state))
+        self.wait_anew()
+
+    def decide(self) -> tuple[View, str, Any]:
+        """Look, less and less often, until there is something to do; the look and the move."""
+        rest = 0.02
+        while True:
+            view = self.browser.look()
+            if self.old not in view.text:
+                self.old = ""
+            if self.sent and (lines := news(view, self.before)):  # a toast lives for 3 s only
+                self.said = lines[-1]
+            self.run.waiting = ""
+            verb, detail = next_move(view, self, self.browser.clock() - self.moved)
+            if verb == "captcha":
+                self.wait_for_captcha()
+            elif verb != "wait":
+                return view, verb, detail
+            self.browser.rest(rest)
+            rest = min(rest * 1.2, 0.5)
+
+    def wait_for_captcha(self) -> None:
+        """A CAPTCHA belongs to the operator; without a window it can only pass by itself."""
+        headed, task = self.browser.headed, "solve the CAPTCHA in the browser window"
+        self.wait_anew()
+        if self.captcha_since is None:
+            self.captcha_since = self.moved
+            self.say(task if headed else "the page shows a CAPTCHA; waiting whether it passes by itself")
+        if self.moved - self.captcha_since > (CAPTCHA_HEADED_SECONDS if headed else CAPTCHA_SECONDS):
+            raise LoginFailed(NOBODY_SOLVED if headed else CAPTCHA_SHOWN, A_PERSON, captcha=True)
+        if headed:
+            self.run.waiting = f"{self.app.name}: {task}"
+
+    def act(self, view: View, verb: str, detail: Any) -> None:
+        """Do what next_move decided."""
+        if verb == "refused":
+            self.try_next_code(view, detail)
+        elif verb == "code":
+            self.make_code()
+        elif verb == "clear":
+            self.browser.clear(view, detail)
+            self.browser.rest(0.1)
+        elif verb == "type":
+            self.touched = True
+            if self.browser.type(view, detail, self.texts[detail][:-1]):
+                self.typed.add(detail)
+                self.wait_anew()
+        elif verb == "finish":
+            self.finish_entry(view, detail)
+        elif verb == "press":
+            self.press(view, detail)
+        elif verb == "taken":
+            self.done.append(detail)
+            self.sent = ""
+            if view.step:  # else the patience with a page that nobody knows goes on
+                self.wait_anew()
+            if detail == "otp":
+                self.run.note(self.app.name, "CODE_TAKEN")
+                self.say("the broker took the TOTP code")
+
+    def press(self, view: View, step: str) -> None:
+        """Press the step's button, once."""
+        if self.browser.press(view, step, len(self.texts[step])):
+            self.pressed = True
+            self.run.manual = self.run.manual or step == "pin"
+            self.wait_anew()
+        else:
+            self.browser.rest(0.1)
+
+    def wait_anew(self) -> None:
+        """The page's patience begins anew."""
+        self.moved = self.browser.clock()
+
+    def say(self, text: str) -> None:
+        self.run.tell(self.app.name, text)
+
+    def refuse_under_hold(self) -> None:
+        if hold := self.run.hold():
+            raise LoginFailed(f"{hold}. Find out why, then start the menu.", A_PERSON)
+
+    def code_wait(self) -> float:
+        """Seconds until a TOTP code may be sent: one whose window was never noted, whoever sent it."""
+        now = self.run.ctx.now()
+        noted = read_events(self.run.path, "number", "outcome = 'CODE_SENT' AND number >= ?",
+                            int(now // TOTP_WINDOW))
+        return totp_wait(now, {row[0] for row in noted})
+
+    def make_code(self) -> None:
+        """Wait for a window whose code was never sent, and make its TOTP code."""
+        import pyotp
+        self.refuse_under_hold()
+        self.run.pause(self.code_wait(), self.app.name, "next TOTP code")
+        self.window = int(self.run.ctx.now() // TOTP_WINDOW)
+        self.texts["otp"] = pyotp.TOTP(self.run.config.totp).at(self.window * TOTP_WINDOW)
+        self.run.hidden.add(self.texts["otp"])
+        self.wait_anew()
+
+    def finish_entry(self, view: View, step: str) -> None:
+        """Type the last digit, which makes the entry whole: by then it is on disk as sent."""
+        if step in EVENTS and not self.note_sent(step):
+            return
+        self.sent, self.pressed, self.submits = step, False, view.field(step)["submits"]
+        self.before, self.said = view.text, ""
+        if self.browser.type(view, step, self.texts[step][-1]):
+            self.wait_anew()
+            self.say(f"{ENTRY[step]} sent")
+            return
+        self.sent = ""  # the field had gone
+        if step in EVENTS:
+            self.run.note(self.app.name, f"{EVENTS[step]}_NOT_SENT")
+
+    def note_sent(self, step: str) -> bool:
+        """Put a code or PIN on disk as sent, or it is not sent; False when a code's time is over."""
+        self.refuse_under_hold()
+        number = None
+        if step == "otp":
+            number = self.window
+            if self.code_wait() or int(self.run.ctx.now() // TOTP_WINDOW) != number:
+                self.drop_code()
+                return False
+        try:
+            self.run.note(self.app.name, f"{EVENTS[step]}_SENT", must=True, number=number)
+        except DatabaseError as error:
+            raise LoginFailed(f"nothing is sent that cannot be noted first. {error}", THIS_RUN) from None
+        return True
+
+    def try_next_code(self, view: View, refusal: LoginFailed) -> None:
+        """After a refused code one more from the next window; two codes not taken: none any more."""
+        self.run.note(self.app.name, "CODE_REFUSED", str(refusal))
+        codes, *_ = recall(self.run.path, self.run.credentials)
+        if codes >= 2:
+            raise refusal
+        self.say("the broker refused the TOTP code; trying once more with the next one")
+        code = toast(news(view, self.before))[1]
+        self.old, self.sent = f"[{code}]" if code else self.said, ""
+        self.drop_code()
+        self.wait_anew()
+
+    def drop_code(self) -> None:
+        """Another TOTP code has to be made and typed."""
+        del self.texts["otp"]
+        self.typed.discard("otp")
+
+
+def log_in(run: Run, app: App, browser: Browser, again: bool = True) -> str:
+    """Selenium login (the guide 8): the authorization code of one app.
+
+    A fault before anything was typed is tried once more with a fresh browser, after it never.
+    """
+    login = Login(run, app, browser)
+    try:
+        return login.authorize()
+    except LoginFailed:
+        keep_evidence(run, app, browser)
+        raise
+    except PageFault as fault:
+        keep_evidence(run, app, browser)
+        browser.close()
+        if login.touched or not again:
+            raise no_progress(login.sent, f"the login page or the browser failed ({fault}).") from None
+        run.tell(app.name, f"{fault}; trying once more with a fresh browser")
+    return log_in(run, app, browser, again=False)
 
 
 def store_patiently(run: Run, row: Mapping[str, Any]) -> None:
@@ -2064,20 +2092,209 @@ def store_patiently(run: Run, row: Mapping[str, Any]) -> None:
                 return upsert_token(connection, row)
         except DatabaseError as error:
             if time.monotonic() > end:
-                raise LoginFailed(f"the broker gave a token, but it could not be stored. {error}", THIS_RUN) from None
+                raise LoginFailed(f"the broker gave a token, but it could not be stored. {error}",
+                                  THIS_RUN) from None
             run.tell(row["api_name"], f"the token cannot be stored yet, trying again. {error}")
             run.ctx.sleep(1.0)
 
 
+def exchange_and_store(run: Run, app: App, code: str) -> Token:
+    """Exchange the code, store the token, audit: no signal comes between, for what exists is stored."""
+    with run.ctx.finish_first():
+        exchange = functools.partial(exchange_code, run.config, app)
+        [answer] = run_within(EXCHANGE_SECONDS, NO_ANSWER, exchange, [code])
+        token, user = (answer.json().get(name) for name in ("access_token", "user_id"))
+        if answer.code != 200 or not isinstance(token, str) or not PLAIN_TOKEN.fullmatch(token):
+            raise LoginFailed(f"no token for the authorization code: {explain(answer)}")
+        run.hidden.add(token)
+        now = run.ctx.now()
+        valid_until = cutoff_after(now)
+        row = token_row(app, token, now, valid_until)
+        store_patiently(run, row)
+        owner = printable(user, 40) if isinstance(user, str) else None
+        run.note(app.name, "GENERATED", user_id=owner)
+        run.settle(app.name, "DONE", "token stored")
+        return Token(app.name, token, app.client_id, now, valid_until,
+                     row["validity_at"], row["generated_at"])
+
+
 def verify_new(run: Run, token: Token) -> None:
     """The new token's proof; one that the broker refuses is deactivated."""
-    status = Status(token.api_name, *judge_profile(verify_tokens(run.config, [token])[0]), token)
+    [answer] = ask_profiles(run.config, [token])
+    status = Status(token.api_name, *judge_profile(answer), token)
     run.statuses[token.api_name] = status
-    run.tell(token.api_name, status.label)
-    run.settle(token.api_name, "DONE", status.label)
-    if status.reason == "401":
-        with contextlib.suppress(DatabaseError):
-            deactivate_tokens(run.path, [token], run.ctx.now())
+    if status.reason != "401":
+        return run.settle(token.api_name, "DONE", status.label)
+    run.settle(token.api_name, "FAILED", "the broker gave a token and does not take it (401). Run again.")
+    with contextlib.suppress(DatabaseError):
+        return deactivate_tokens(run.path, [token], run.ctx.now())
+
+
+# ---- Flow V3: approval on the phone --------------------------------------------------------------
+
+def epoch_seconds(value: object) -> float | None:
+    """Seconds of the broker's epoch milliseconds, which come as text or number; None when neither."""
+    return int(value) / 1000 if re.fullmatch("[0-9]{13}", str(value)) else None
+
+
+def approval_end(run: Run, app: App, answer: Answer) -> float:
+    """Until when the broker lets the request be approved; warns when it would deliver elsewhere."""
+    data = answer.data()
+    expiry = epoch_seconds(data.get("authorization_expiry"))
+    if answer.code != 200 or expiry is None:
+        raise LoginFailed(f"no approval could be asked for: {explain(answer)}")
+    until = local_text(min(expiry, run.ctx.now() + run.ctx.args.wait * 60))[11:16]
+    text = f"waiting for approval on the phone until {until}"
+    if data.get("notifier_url") != run.config.notifier:
+        text += (f". Warning: the broker will deliver to {printable(data.get('notifier_url'), 200)}, not to "
+                 f"UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them, here or on {APP_PAGE}")
+    run.tell(app.name, text)
+    return expiry
+
+
+def amend_request(run: Run, app: App, deadline: int) -> None:
+    """Until when (epoch ms) the broker lets a noted request be approved; 0 when it refused."""
+    try:
+        with transaction(run.path) as connection:
+            connection.execute("UPDATE upstox_token_audit SET number = ? WHERE run_id = ? AND api_name = ? "
+                               "AND outcome = 'REQUESTED'", (deadline, run.run_id, app.name))
+    except DatabaseError as error:
+        run.tell(app.name, f"the audit row was not written: {error}")
+
+
+def await_deliveries(run: Run, before: Mapping[str, str], ends: dict[App, float]) -> None:
+    """Watch the database, whoever receives, until every app is settled or its time is over."""
+    ctx = run.ctx
+    give_up = ctx.now() + ctx.args.wait * 60
+    while ends and not ctx.stopping.is_set():
+        rows: Mapping[str, Token] = {}
+        try:
+            rows = read_tokens(run.path)
+        except DatabaseError as error:  # the approval may come all the same
+            run.tell("", f"cannot look for tokens now, trying again. {error}")
+        for app, end in list(ends.items()):
+            token = rows.get(app.name)
+            if token and token.access_token not in ("", before.get(app.name)):
+                del ends[app]
+                verify_new(run, token)
+            elif ctx.now() >= min(end, give_up):
+                del ends[app]
+                run.settle(app.name, "FAILED", "not approved in time. Approve it on the phone while --serve "
+                                               "runs, or run again.")
+        if ends:
+            left = max(0.0, min(*ends.values(), give_up) - ctx.now())
+            names = ", ".join(app.name for app in ends)
+            run.waiting = f"Approve on the phone: {names} ({left / 60:.0f} min left)"
+            run.show("", f"waiting for approval on the phone ({len(ends)} left)", left)
+            ctx.sleep(min(1.0, left))
+    run.waiting = ""
+
+
+def generate_by_phone(run: Run) -> None:
+    """Ask the broker for all apps, then wait until the webhook has stored what was approved."""
+    before = {name: token.access_token for name, token in read_tokens(run.path).items()}
+    apps: list[App] = []
+    ends: dict[App, float] = {}
+    for app in run.apps:  # noted before it is sent: a delivery may come before the answer does
+        try:
+            run.note(app.name, "REQUESTED", must=True, number=int(cutoff_after(run.ctx.now()) * 1000))
+            apps.append(app)
+        except DatabaseError as error:
+            run.settle(app.name, "FAILED", f"no approval is asked for that cannot be noted first. {error}")
+    ask = functools.partial(request_approval, run.config)
+    for app, answer in zip(apps, run_within(PROFILE_SECONDS, NO_ANSWER, ask, apps)):
+        try:
+            ends[app] = approval_end(run, app, answer)
+            amend_request(run, app, int(ends[app] * 1000))
+        except LoginFailed as failure:
+            if error_code(answer)[0]:  # an answer that was lost may be followed by an approval all the same
+                amend_request(run, app, 0)
+            run.settle(app.name, "FAILED", str(failure))
+    await_deliveries(run, before, ends)
+    for app in ends:
+        run.settle(app.name, "SKIPPED", "the program was stopped")
+
+
+Delivery = tuple[str, str, float]  # user id, access token, valid until (epoch seconds)
+
+
+def parse_delivery(body: bytes, config: Config, now: float) -> tuple[App | None, Delivery | str]:
+    """The app that a webhook body names, and what it delivers (facts/upstox-api.md 6) or why that is none."""
+    data = json_object(body)
+    app = next((app for app in config.apps if app.client_id == data.get("client_id")), None)
+    user, token, expiry = data.get("user_id"), data.get("access_token"), epoch_seconds(data.get("expires_at"))
+    kind = data.get("token_type"), data.get("message_type")
+    texts = isinstance(user, str) and isinstance(token, str) and kind == ("Bearer", "access_token")
+    if not texts or not PLAIN.fullmatch(user) or len(user) > 40 or not PLAIN_TOKEN.fullmatch(token):
+        return app, "it is not the broker's token message"
+    if expiry is None or not now < expiry < now + 2 * 86400:
+        return app, "its expiry cannot be right"
+    return app, (user, token, expiry)
+
+
+def why_unexpected(connection: sqlite3.Connection, name: str, token: str, now: float) -> str:
+    """Why a delivery for this app is not expected; empty while a request of ours is outstanding."""
+    if connection.execute("SELECT 1 FROM upstox_tokens WHERE api_name = ? AND access_token = ?",
+                          (name, token)).fetchone():
+        return "it is stored already"
+    newest = ("SELECT coalesce(max(id), 0) FROM upstox_token_audit WHERE api_name = :name AND flow = 'V3' "
+              "AND outcome = 'GENERATED'")
+    [deadline] = connection.execute(
+        "SELECT max(number) FROM upstox_token_audit WHERE api_name = :name AND flow = 'V3' AND "
+        f"outcome = 'REQUESTED' AND id > ({newest})", {"name": name}).fetchone()
+    if not deadline:
+        return "nothing was asked for"
+    return "" if now * 1000 < deadline else "the time to approve it is over"
+
+
+def account_owner(config: Config, path: Path, now: float) -> str | None:
+    """The user id of this database's tokens: of the last one generated, else from the profile of one that is
+    alive. Empty when there is none, None when the broker cannot tell now."""
+    if known := read_events(path, "user_id", "outcome = 'GENERATED' AND user_id IS NOT NULL"):
+        return known[-1][0]
+    rows = read_tokens(path)
+    alive = [rows[app.name] for app in config.apps
+             if judge_stored(rows.get(app.name), app.client_id, now) is None]
+    owner: str | None = ""
+    for answer in ask_profiles(config, alive):
+        word, _ = judge_profile(answer)
+        if word == "VALID" and answer.data():
+            return text_of(answer.data().get("user_id"))
+        if word == "UNKNOWN":
+            owner = None
+    return owner
+
+
+def take_delivery(ctx: Context, config: Config, path: Path, app: App, delivery: Delivery) -> tuple[bool, str]:
+    """Prove a delivery, then store it: (whether that is settled, why it was not stored or an empty text).
+
+    Anyone may post it, so nothing is believed: a request of ours must be outstanding, and the broker's
+    profile answer must name the delivery's user, who must be the one of this database's tokens.
+    """
+    user, token, valid_until = delivery
+    with transaction(path) as connection:
+        if problem := why_unexpected(connection, app.name, token, ctx.now()):
+            return True, problem
+    answer = ask_profiles(config, [Token(app.name, token, app.client_id)])[0]
+    word, reason = judge_profile(answer)
+    if word != "VALID":
+        return word != "UNKNOWN", f"the broker says {word} ({reason}) of its token"
+    if answer.data().get("user_id") != user:
+        return True, "its token belongs to another user than it says"
+    owner = account_owner(config, path, ctx.now())
+    if owner is None:
+        return False, "the broker cannot tell now whose the tokens so far are"
+    if owner not in ("", user):
+        return True, (f"it is for the account {user}, the tokens so far are for {printable(owner, 40)}. "
+                      "If that is meant, log in once with --flow SELENIUM")
+    now = ctx.now()
+    with transaction(path, STORE_SECONDS) as connection:
+        if problem := why_unexpected(connection, app.name, token, now):
+            return True, problem
+        upsert_token(connection, token_row(app, token, now, valid_until))
+        add_event(connection, {"at": int(now * 1000), "run_id": secrets.token_hex(8), "api_name": app.name,
+                               "source": "WEBHOOK", "flow": "V3", "outcome": "GENERATED", "user_id": user})
+    return True, ""
 
 
 # ---- Generating: choose, prove, then app by app --------------------------------------------------
@@ -2090,7 +2307,7 @@ def choose(mode: str, named: Sequence[str], statuses: Iterable[Status]) -> list[
 
 
 def begin(run: Run) -> None:
-    """Take the lock, read the statuses again, prove that the database can take the tokens; raises TokenError."""
+    """Take the lock, read the statuses again, prove that the database takes the tokens; or TokenError."""
     run.lock = lock_database(run.path)
     try:
         now = run.ctx.now()
@@ -2102,10 +2319,74 @@ def begin(run: Run) -> None:
         if run.apps:
             create_database(run.ctx, run.path)
             prove_writable(run.path, run.apps, now)
-            deactivate_tokens(run.path, [status.token for status in statuses if status.reason == "401"], now)
+            refused = [status.token for status in statuses if status.reason == "401"]
+            deactivate_tokens(run.path, refused, now)
     except BaseException:
         unlock_database(run.lock)
         raise
+
+
+def standing_hold(run: Run) -> str:
+    """Why no login may be tried now, or an empty text; an operator who was told it may have lifted it."""
+    hold = run.hold()
+    if not hold:
+        return ""
+    if hold == run.lifted:
+        run.note(run.apps[0].name, "HOLD_LIFTED", hold, must=True)
+        return ""
+    return (f"{hold.rstrip('.')}. No unattended login until PIN, TOTP secret or mobile number in the "
+            "configuration changes, or an operator goes ahead from the menu.")
+
+
+def end_of_login(run: Run, app: App, failure: TokenError, reach: int) -> str:
+    """Note and tell why an app got no token; what forbids the next app, or an empty text."""
+    if reach == A_HOLD:
+        run.note(app.name, "HOLD", f"{failure} ({local_text(run.ctx.now())})")
+    run.settle(app.name, "FAILED", str(failure))
+    try:
+        held = bool(run.hold())
+    except DatabaseError:
+        held, reach = False, max(reach, THIS_RUN)
+    run.operator |= held or reach >= A_PERSON
+    return f"the run stopped at {app.name}" if held or reach >= THIS_RUN else ""
+
+
+def generate_one(run: Run, app: App, browser: Browser) -> str:
+    """Log in, exchange, store, audit, verify: in this order. What forbids the next app, or an empty text."""
+    try:
+        code = log_in(run, app, browser)
+        run.hidden.add(code)
+        verify_new(run, exchange_and_store(run, app, code))
+        return ""
+    except LoginFailed as failure:
+        run.captcha |= failure.captcha
+        return end_of_login(run, app, failure, failure.reach)
+    except DatabaseError as error:  # nothing can be looked up or noted, so nothing more is sent
+        return end_of_login(run, app, error, THIS_RUN)
+    except Stopped:
+        if run.progress[app.name][0] != "DONE":
+            run.settle(app.name, "FAILED", "the program was stopped in the middle of this login")
+        raise
+
+
+def generate_by_browser(run: Run) -> None:
+    """Flow SELENIUM: one browser, one app after the other; what holds for all apps stops the run."""
+    blocker, refused = standing_hold(run), {}
+    run.operator = bool(blocker)
+    if not blocker:
+        answers = ask_dialogs(run.ctx, run.config, run.apps)
+        blocker = clock_problem(answers)
+        refused = {app.name: explain(answer) for app, (answer, _) in zip(run.apps, answers)
+                   if error_code(answer)[0] == "UDAPI100068"}
+    uris = [app.redirect_uri for app in run.apps]
+    with contextlib.closing(Browser(uris, run.headed, run.ctx.environ)) as browser:
+        for app in run.apps:
+            if blocker or run.ctx.stopping.is_set():
+                run.settle(app.name, "SKIPPED", blocker or "the program was stopped")
+            elif app.name in refused:
+                run.settle(app.name, "FAILED", refused[app.name])
+            else:
+                blocker = generate_one(run, app, browser)
 
 
 def finish(run: Run) -> None:
@@ -2126,229 +2407,7 @@ def finish(run: Run) -> None:
         run.ended = True
 
 
-def generate_by_browser(run: Run) -> None:
-    """Flow SELENIUM: one browser, one app after the other; what holds for all apps stops the run."""
-    blocker, refused = standing_hold(run), {}
-    run.operator = bool(blocker)
-    if not blocker:
-        answers = ask_dialogs(run.ctx, run.config, run.apps)
-        blocker = clock_problem(answers)
-        refused = {app.name: explain(answer) for app, (answer, _) in zip(run.apps, answers)
-                   if error_code(answer)[0] == "UDAPI100068"}
-    uris = [app.redirect_uri for app in run.apps]
-    with contextlib.closing(Browser(uris, run.headed, run.ctx.environ)) as browser:
-        for app in run.apps:
-            if blocker or run.stopping():
-                run.settle(app.name, "SKIPPED", blocker or "the program was stopped")
-            elif app.name in refused:
-                run.settle(app.name, "FAILED", refused[app.name])
-            else:
-                blocker = generate_one(run, app, browser)
-
-
-def standing_hold(run: Run) -> str:
-    """Why no login may be tried now, or an empty text; an operator who was told it may have lifted it."""
-    hold = current_hold(run.path, run.config, run.source == "MENU")
-    if not hold:
-        return ""
-    if hold == run.lifted:
-        run.note(run.apps[0].name, "HOLD_LIFTED", hold, credentials=credentials_of(run.config))
-        return ""
-    return (f"{hold.rstrip('.')}. No unattended login until PIN, TOTP secret or mobile number in the "
-            "configuration changes, or an operator goes ahead from the menu.")
-
-
-def generate_one(run: Run, app: App, browser: Browser) -> str:
-    """Log in, exchange, store, audit, verify: in this order. What forbids the next app, or an empty text."""
-    try:
-        code = log_in(run, app, browser)
-        run.hidden.add(code)
-        token = exchange_and_store(run, app, code)
-        verify_new(run, token)
-        return ""
-    except LoginFailed as failure:
-        run.captcha |= failure.captcha
-        if failure.reach == A_HOLD:
-            reason = f"{failure} ({local_text(run.ctx.now())})"
-            run.note_mildly(app.name, "HOLD", reason, credentials=credentials_of(run.config))
-        run.settle(app.name, "FAILED", str(failure))
-        held = bool(current_hold(run.path, run.config, run.source == "MENU"))
-        run.operator |= held or failure.reach >= A_PERSON
-        return f"the run stopped at {app.name}" if held or failure.reach >= THIS_RUN else ""
-    except Stopped:
-        if run.progress[app.name][0] != "DONE":
-            run.settle(app.name, "FAILED", "the program was stopped in the middle of this login")
-        raise
-
-
-
-
-# ---- Flow V3: approval on the phone --------------------------------------------------------------
-
-
-def generate_by_phone(run: Run) -> None:
-    """Ask the broker for all apps, then wait until the webhook has stored what was approved."""
-    before = {name: token.access_token for name, token in read_tokens(run.path).items()}
-    ends: dict[App, float] = {}
-    with run.listen():
-        apps = [app for app in run.apps if note_request(run, app)]  # a delivery may come before the answer does
-        calls = [functools.partial(request_approval, run.config, app) for app in apps]
-        for app, answer in zip(apps, run_within(PROFILE_SECONDS, NO_ANSWER, *calls)):
-            try:
-                ends[app] = approval_end(run, app, answer)
-            except LoginFailed as failure:
-                run.settle(app.name, "FAILED", str(failure))
-            amend_request(run, app, int(ends.get(app, 0) * 1000))
-        await_deliveries(run, before, ends)
-    for app in ends:
-        run.settle(app.name, "SKIPPED", "the program was stopped")
-
-
-def note_request(run: Run, app: App) -> bool:
-    """Note a request before it is sent; what cannot be noted is not asked for."""
-    try:
-        run.note(app.name, "REQUESTED", number=int(cutoff_after(run.ctx.now()) * 1000))
-        return True
-    except DatabaseError as error:
-        run.settle(app.name, "FAILED", f"no approval is asked for that cannot be noted first. {error}")
-        return False
-
-
-def amend_request(run: Run, app: App, deadline: int) -> None:
-    """Until when (epoch ms) the broker lets a noted request be approved; 0 when it refused."""
-    try:
-        with transaction(run.path) as connection:
-            connection.execute("UPDATE upstox_token_audit SET number = ? WHERE run_id = ? AND api_name = ? "
-                               "AND outcome = 'REQUESTED'", (deadline, run.run_id, app.name))
-    except DatabaseError as error:
-        run.tell(app.name, f"the audit row was not written: {error}")
-
-
-def approval_end(run: Run, app: App, answer: Answer) -> float:
-    """Until when the broker lets the request be approved; warns when it would deliver elsewhere."""
-    data = answer.json().get("data")
-    expiry = epoch_seconds(data.get("authorization_expiry")) if isinstance(data, dict) else None
-    if answer.code != 200 or expiry is None:
-        raise LoginFailed(f"no approval could be asked for: {explain(answer)}")
-    until = local_text(min(expiry, run.ctx.now() + run.ctx.args.wait * 60))[11:16]
-    text = f"waiting for approval on the phone until {until}"
-    if data.get("notifier_url") != run.config.notifier:
-        text += (f". Warning: the broker will deliver to {printable(data.get('notifier_url'), 200)}, not to "
-                 f"UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them, here or on {APP_PAGE}")
-    run.tell(app.name, text)
-    return expiry
-
-
-def epoch_seconds(value: object) -> float | None:
-    """Seconds of the broker's epoch milliseconds, which come as text or number; None when they are neither."""
-    return int(value) / 1000 if re.fullmatch("[0-9]{13}", str(value)) else None
-
-
-def await_deliveries(run: Run, before: Mapping[str, str], ends: dict[App, float]) -> None:
-    """Watch the database, whoever receives, until every app is settled or its time is over."""
-    ctx = run.ctx
-    give_up = ctx.now() + ctx.args.wait * 60
-    while ends and not run.stopping():
-        rows = read_tokens(run.path)
-        for app, end in list(ends.items()):
-            token = rows.get(app.name)
-            if token and token.access_token not in ("", before.get(app.name)):
-                del ends[app]
-                verify_new(run, token)
-            elif ctx.now() >= min(end, give_up):
-                del ends[app]
-                run.settle(app.name, "FAILED", "not approved in time. Approve it on the phone while --serve "
-                                               "runs, or run again.")
-        if ends:
-            left = max(0.0, min(*ends.values(), give_up) - ctx.now())
-            names = ", ".join(app.name for app in ends)
-            run.waiting = f"Approve on the phone: {names} ({left / 60:.0f} min left)"
-            if run.source != "REST":
-                ctx.count(f"waiting for approval on the phone ({len(ends)} left)", left)
-            ctx.sleep(min(1.0, left))
-    run.waiting = ""
-
-
-Delivery = tuple[str, str, float]  # user id, access token, valid until (epoch seconds)
-
-
-def parse_delivery(body: bytes, config: Config, now: float) -> tuple[App | None, Delivery | None]:
-    """The app that a webhook body names, and what it delivers (facts/upstox-api.md 6), None where it does not fit."""
-    data = json_object(body)
-    app = next((app for app in config.apps if app.client_id == data.get("client_id")), None)
-    user, token = (data.get(name) for name in ("user_id", "access_token"))
-    texts = isinstance(user, str) and isinstance(token, str)
-    if not texts or not PLAIN.fullmatch(user) or len(user) > 40 or not PLAIN_TOKEN.fullmatch(token):
-        return app, None
-    expiry = epoch_seconds(data.get("expires_at"))
-    kind = data.get("token_type"), data.get("message_type")
-    if kind != ("Bearer", "access_token") or expiry is None or not now < expiry < now + 2 * 86400:
-        return app, None
-    return app, (user, token, expiry)
-
-
-def why_unexpected(connection: sqlite3.Connection, name: str, token: str, now: float) -> str:
-    """Why a delivery for this app is not expected, or an empty text while a request of ours is outstanding."""
-    if connection.execute("SELECT 1 FROM upstox_tokens WHERE api_name = ? AND access_token = ?",
-                          (name, token)).fetchone():
-        return "it is stored already"
-    row = connection.execute(
-        "SELECT outcome, number FROM upstox_token_audit WHERE api_name = ? AND flow = 'V3' AND outcome IN "
-        "('REQUESTED', 'GENERATED') ORDER BY id DESC LIMIT 1", (name,)).fetchone()
-    if row is None or row[0] != "REQUESTED":
-        return "nothing was asked for"
-    return "" if row[1] and now * 1000 < row[1] else "the time to approve it is over"
-
-
-def account_owner(config: Config, path: Path, now: float) -> str:
-    """The user id that this database's tokens belong to, as far as it is known: from its last token, else from
-    the profile of one that is alive."""
-    if known := read_events(path, "user_id", "outcome = 'GENERATED' AND user_id IS NOT NULL"):
-        return known[-1][0]
-    rows = read_tokens(path)
-    alive = [rows[app.name] for app in config.apps
-             if judge_stored(rows.get(app.name), app.client_id, now) is None]
-    for answer in verify_tokens(config, alive):
-        data = answer.json().get("data")
-        if judge_profile(answer)[0] == "VALID" and isinstance(data, dict):
-            return text_of(data.get("user_id"))
-    return ""
-
-
-def take_delivery(ctx: Context, config: Config, path: Path, app: App, delivery: Delivery) -> tuple[bool, str]:
-    """Prove a delivery, then store it: (whether that is settled, a line for the operator).
-
-    Anyone may post it, so nothing is believed: a request of ours must be outstanding, and the broker's profile
-    answer must name the delivery's user, who must be the one of this database's tokens.
-    """
-    user, token, valid_until = delivery
-    with transaction(path) as connection:
-        if problem := why_unexpected(connection, app.name, token, ctx.now()):
-            return True, f"a delivery was not stored: {problem}"
-    answer = verify_tokens(config, [Token(app.name, token, app.client_id, None, None, None, None)])[0]
-    word, reason = judge_profile(answer)
-    profile = answer.json().get("data")
-    if word != "VALID":
-        return word != "UNKNOWN", f"a delivery was not stored: the broker says {word} ({reason}) of its token"
-    if not isinstance(profile, dict) or profile.get("user_id") != user:
-        return True, "a delivery was not stored: its token belongs to another user than it says"
-    owner = account_owner(config, path, ctx.now())
-    if owner not in ("", user):
-        return True, (f"a delivery was not stored: it is for the account {user}, the tokens so far are for "
-                      f"{printable(owner, 40)}. If that is meant, log in once with --flow SELENIUM")
-    now = ctx.now()
-    with transaction(path) as connection:
-        if problem := why_unexpected(connection, app.name, token, now):
-            return True, f"a delivery was not stored: {problem}"
-        upsert_token(connection, token_row(app, token, now, valid_until))
-        add_event(connection, {"at": int(now * 1000), "run_id": secrets.token_hex(8), "api_name": app.name,
-                               "source": "WEBHOOK", "flow": "V3", "outcome": "GENERATED",
-                               "reason": "approved on the phone", "user_id": user})
-    return True, "approved on the phone, token stored"
-
-
 # ---- The operator: summary and menu --------------------------------------------------------------
-
 
 def summary_lines(statuses: Sequence[Status], path: Path | None = None) -> list[str]:
     """The summary of the guide's 7.1."""
@@ -2361,7 +2420,8 @@ def summary_lines(statuses: Sequence[Status], path: Path | None = None) -> list[
 
 def last_attempts(path: Path) -> dict[str, dict[str, Any]]:
     """How the newest run for each app ended, whoever ran it: a cron run of the night, too."""
-    newest = "id IN (SELECT max(id) FROM upstox_token_audit WHERE outcome IN ('GENERATED', 'FAILED') GROUP BY api_name)"
+    newest = ("id IN (SELECT max(id) FROM upstox_token_audit WHERE outcome IN ('GENERATED', 'FAILED') "
+              "GROUP BY api_name)")
     return {name: {"at": local_text(at / 1000), "source": source, "outcome": outcome, "reason": reason}
             for name, at, source, outcome, reason
             in read_events(path, "api_name, at, source, outcome, reason", newest)}
@@ -2419,189 +2479,7 @@ def prompt_menu(ctx: Context, configured: Sequence[str]) -> tuple[str, list[str]
 
 
 def has_display(environ: Mapping[str, str]) -> bool:
-    """Whether a visible browser can be opened."""
     return sys.platform != "linux" or bool(environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY"))
-
-
-# ---- Commands ------------------------------------------------------------------------------------
-
-
-def tell_strangers(ctx: Context, rows: Iterable[str]) -> None:
-    """One line for rows that are none of ours."""
-    if foreign := sorted(set(rows) - set(API_NAMES)):
-        ctx.inform("Rows of unknown names are left untouched: "
-                   + ", ".join(printable(name, 40) for name in foreign))
-
-
-def look_at_tokens(ctx: Context, config: Config) -> list[Status]:
-    """Every app's status now; tells a hold."""
-    path = find_database(ctx.args.db)
-    rows = read_tokens(path)
-    tell_strangers(ctx, rows)
-    if hold := current_hold(path, config):
-        ctx.inform(f"Logins are on hold: {hold.rstrip('.')}.")
-    return classify_tokens(config, rows, ctx.now())
-
-
-def say_summary(ctx: Context, statuses: Iterable[Status]) -> None:
-    """Print the summary."""
-    ctx.say(*summary_lines(list(statuses), find_database(ctx.args.db) if ctx.args.verbose else None))
-
-
-def say_result(ctx: Context, run: Run) -> None:
-    """The summary at the end of a run, and what to do about the apps that failed."""
-    say_summary(ctx, run.statuses.values())
-    if lines := run.failures():
-        ctx.say("", *lines)
-
-
-def all_valid(statuses: Iterable[Status]) -> int:
-    """The exit code of a mere look."""
-    return OK if all(status.word == "VALID" for status in statuses) else NOT_VALID
-
-
-def generate(ctx: Context, source: str, mode: str, named: Sequence[str], *, headed: bool = False,
-             lifted: str = "") -> Run:
-    """One whole run of the command line or the menu."""
-    config = load_config(ctx, ctx.args.flow)
-    if ctx.args.serve:
-        serve_address(ctx.args.serve, config)
-    run = Run(ctx, config, source, mode, named, flow=ctx.args.flow, headed=headed or ctx.args.headed, lifted=lifted,
-              listen=lambda: listening(ctx, config))
-    begin(run)
-    for line in run.left_alone():
-        ctx.log(line)
-    finish(run)
-    return run
-
-
-def command_status(ctx: Context) -> int:
-    """--status: look, write nothing."""
-    config = load_config(ctx, "status")
-    statuses = look_at_tokens(ctx, config)
-    if ctx.args.json:
-        ctx.say(json.dumps(status_json(ctx, config, find_database(ctx.args.db), statuses), indent=2))
-    else:
-        say_summary(ctx, statuses)
-    return all_valid(statuses)
-
-
-def command_mode(ctx: Context) -> int:
-    """--mode: generate without asking."""
-    config = load_config(ctx, ctx.args.flow)
-    try:
-        named = parse_names(ctx.args.apis, config.names) if ctx.args.mode == "PARTIAL" else []
-    except ValueError as error:
-        raise TokenError(f"--apis: {error}", USAGE) from None
-    tell_strangers(ctx, read_tokens(find_database(ctx.args.db)))
-    run = generate(ctx, "CLI", ctx.args.mode, named)
-    if ctx.args.json:
-        results = [{"apiName": name, "state": state, "message": "" if state == "DONE" else message}
-                   for name, (state, message) in run.progress.items()]
-        ctx.say(json.dumps({**status_json(ctx, config, run.path, run.statuses.values()), "results": results,
-                            "exitCode": run.exit_code}, indent=2))
-    else:
-        say_result(ctx, run)
-    return run.exit_code
-
-
-def command_menu(ctx: Context) -> int:
-    """No option: the summary, the operator's choice, the run; offers a visible browser for a CAPTCHA."""
-    config = load_config(ctx, "menu")
-    statuses = look_at_tokens(ctx, config)
-    say_summary(ctx, statuses)
-    try:
-        choice = prompt_menu(ctx, config.names)
-    except EOFError:
-        choice = None
-        ctx.say("")
-    if choice is None:
-        ctx.say("Aborted, nothing changed.")
-        return all_valid(statuses)
-    run = generate(ctx, "MENU", *choice, lifted=ask_about_hold(ctx, config, choice, statuses))
-    ctx.say("")
-    say_result(ctx, run)
-    code = run.exit_code
-    if run.captcha and not run.headed and has_display(ctx.environ) and ctx.confirm(
-            "Open a visible browser window and go on there?"):
-        left = [name for name, (state, _) in run.progress.items() if state != "DONE"]
-        run = generate(ctx, "MENU", "PARTIAL", left, headed=True)
-        say_result(ctx, run)
-        code = run.exit_code
-    return code
-
-
-def ask_about_hold(ctx: Context, config: Config, choice: tuple[str, list[str]], statuses: Sequence[Status]) -> str:
-    """The hold that the operator, having been told, wants to go ahead from; an empty text when there is none."""
-    path = find_database(ctx.args.db)
-    hold = current_hold(path, config, attended=True)
-    if not hold or ctx.args.flow != "SELENIUM" or not choose(*choice, statuses):
-        return ""
-    question = f"Logins are on hold: {hold}. Is it mended, and may the login go ahead?"
-    return hold if ctx.confirm(question) else ""
-
-
-def command_import_config(ctx: Context) -> int:
-    """--import-config: the apps of the environment into upstox_api_configs."""
-    config, path = load_config(ctx, "menu"), find_database(ctx.args.db)
-    create_database(ctx, path)
-    import_apps(path, config.apps, ctx.now())
-    ctx.say(f"Copied {', '.join(config.names)} into upstox_api_configs of {path.resolve()}. "
-            "Set UPSTOX_CONFIG_SOURCE=DB to use them.")
-    return OK
-
-
-def command_check(ctx: Context) -> int:
-    """--check: is everything ready for a login? Reads only, spends no OTP."""
-    config, path = load_config(ctx, ctx.args.flow), find_database(ctx.args.db)
-    answers = ask_dialogs(ctx, config, config.apps)
-    silent = all(answer.error for answer, _ in answers)
-    browser, page = ("", "") if ctx.args.flow == "V3" else browser_problems(ctx, config)
-    hold = current_hold(path, config)
-    checks = {"configuration": "", "env file": "", "database": database_problem(ctx, config, path),
-              "browser": browser, "login page": page, "broker": explain(answers[0][0]) if silent else "",
-              "clock": "unknown, since the broker did not answer" if silent else clock_problem(answers),
-              "hold": f"logins are on hold: {hold}. Mend it, then go ahead from the menu" if hold else ""}
-    checks |= {app.name: "" if 300 <= answer.code < 400 else explain(answer)
-               for app, (answer, _) in zip(config.apps, answers)}
-    ctx.say(*(f"{name:<14}: {problem or 'ok'}" for name, problem in checks.items()))
-    return NOT_VALID if any(checks.values()) else OK
-
-
-def database_problem(ctx: Context, config: Config, path: Path) -> str:
-    """Whether the database takes a token, without leaving one there."""
-    try:
-        if path.exists():
-            if select(path, "SELECT 1 FROM sqlite_master WHERE name = 'upstox_tokens'"):
-                prove_writable(path, config.apps, ctx.now())
-            else:
-                with transaction(path) as connection:
-                    connection.rollback()
-            return ""
-    except DatabaseError as error:
-        return str(error)
-    folder = path.absolute().parent
-    return "" if os.access(folder, os.W_OK) else f"{folder} cannot be written. Name a file with --db."
-
-
-def browser_problems(ctx: Context, config: Config) -> tuple[str, str]:
-    """Whether a browser starts and opens a page; whether the login page, opened for the first app, is the
-    broker's own and shows a step that this program knows."""
-    app = config.apps[0]
-    run = Run(ctx, config, "CLI", "PARTIAL", [app.name], flow="SELENIUM", headed=ctx.args.headed)
-    with contextlib.closing(Browser([app.redirect_uri], ctx.args.headed, ctx.environ)) as browser:
-        try:
-            browser.open("about:blank")
-        except (LoginFailed, PageFault) as error:
-            return str(error), "not opened, for want of a browser"
-        login = Login(run, app, browser)
-        login.texts = {}  # nothing to type
-        try:
-            login.open(secrets.token_urlsafe(16))
-            _, verb, detail = login.decide()
-        except (LoginFailed, PageFault) as error:
-            return "", str(error)
-        return "", str(detail) if verb == "fail" else ""
 
 
 # ---- The dashboard: one page, no outside resource ------------------------------------------------
@@ -2614,56 +2492,54 @@ PAGE = """<!doctype html>
 <title>Upstox tokens</title> <link rel="icon" href="data:,">
 <style nonce="NONCE">
 :root { color-scheme: light dark; --page: #f4f6f8; --card: #fff; --text: #1b2430; --soft: #576372;
-  --line: #dde3e9; --good: #1a7f4b; --bad: #b3261e; --act: #2457c5; --hue: var(--soft); }
+  --line: #dde3e9; --good: #1a7f4b; --bad: #b3261e; --act: #2457c5; --turn: #8a5a00; --hue: var(--soft); }
 @media (prefers-color-scheme: dark) { :root { --page: #11151b; --card: #191f27; --text: #e6eaf0;
-  --soft: #9eaab8; --line: #2b343f; --good: #4cc38a; --bad: #ff8f85; --act: #86b0ff; } }
-.good { --hue: var(--good); } .bad { --hue: var(--bad); } .busy { --hue: var(--act); } .wait { --hue: #c80; }
+  --soft: #9eaab8; --line: #2b343f; --good: #4cc38a; --bad: #ff8f85; --act: #86b0ff; --turn: #f2b84b; } }
+.none { --hue: var(--soft); } .good { --hue: var(--good); } .busy { --hue: var(--act); }
+.bad { --hue: var(--bad); } .wait { --hue: var(--turn); }
 * { box-sizing: border-box; } [hidden] { display: none !important; } html { overflow-y: scroll; }
-body { max-width: 1080px; margin: 0 auto; padding: 24px 24px 72px; background: var(--page);
-  color: var(--text); font: 16px/1.4 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-h1, h2, p { margin: 0; font-size: 1.15rem; overflow-wrap: anywhere; } p { font-size: inherit; }
-header, footer, form, label, #summary, #notice, #actions { display: flex; align-items: center; gap: 12px; }
-#summary, #operator, table, dialog, button, select, input { background: var(--card); border-radius: 8px; }
+body { max-width: 1080px; margin: 0 auto; padding: 24px; background: var(--page); color: var(--text);
+  font: 16px/1.4 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+h1, h2, p { margin: 0; font-size: 1.15rem; } p { font-size: inherit; overflow-wrap: anywhere; }
+header, form, label, #actions { display: flex; align-items: center; gap: 12px; }
+#card, table, dialog, button, select, input { background: var(--card); border-radius: 8px; }
 dialog, button, select, input { border: 1px solid #7d8894; color: inherit; }
 button, select, input { min-height: 44px; padding: 0 16px; font: inherit; line-height: 1.15; }
 button { font-weight: 600; cursor: pointer; } .danger { border-color: var(--bad); color: var(--bad); }
 .main { background: var(--act); border-color: var(--act); color: var(--card); }
-button:disabled, select:disabled { background: none; border-color: var(--line); color: var(--soft); }
+:disabled:disabled { background: none; border-color: var(--line); color: var(--soft); opacity: 1; }
 :focus-visible { outline: 3px solid var(--act); outline-offset: 2px; }
-.soft, thead, .job { color: var(--soft); font-size: .9rem; }
-main { min-height: 660px; } #checked { flex: 1; text-align: right; }
-#summary { margin: 16px 0 8px; padding: 12px 20px; min-height: 68px; border-left: 6px solid var(--hue);
-  font-size: 1.35rem; font-weight: 600; }
-#stage { display: grid; min-height: 124px; margin-bottom: 16px; } form { max-width: 540px; }
-#normal { display: grid; align-content: space-between; } #all { margin-left: auto; }
-#notice { min-height: 64px; padding: 8px 0 8px 26px; color: var(--hue); }
-#key { flex: 1; min-width: 0; } #operator { padding: 14px 20px; border: 3px solid #c80; }
+.soft, thead, .job { color: var(--soft); font-size: .9rem; } #checked { flex: 1; text-align: right; }
+#card { margin: 16px 0; padding: 14px 20px 16px; border-left: 6px solid var(--hue); }
+#card.wait { background: color-mix(in srgb, var(--turn) 12%, var(--card)); }
+#summary { font-size: 1.35rem; font-weight: 600; } .wait #summary, p.bad { color: var(--hue); }
+#notice { margin-top: 4px; } #actions, form { margin-top: 12px; } #all { margin-left: auto; }
+.live #card { min-height: 145px; } form { max-width: 540px; } #key { flex: 1; min-width: 0; }
 table { width: 100%; table-layout: fixed; border-collapse: collapse; }
-th, td { height: 56px; padding: 6px 12px 6px 0; text-align: left; overflow-wrap: anywhere; }
-th:first-child { width: 220px; padding-left: 20px; } .status { width: 290px; } .until { width: 175px; }
-tr + tr { border-top: 1px solid var(--line); } th label { min-height: 40px; cursor: pointer; }
+th, td { height: 56px; padding: 6px 12px 6px 0; text-align: left; }
+.api { width: 220px; padding-left: 20px; } .status { width: 220px; } .until { width: 140px; }
+tr + tr { border-top: 1px solid var(--line); } label { min-height: 44px; cursor: pointer; }
 th input { flex: none; width: 20px; min-height: 20px; margin: 0; accent-color: var(--act); }
-td.status { color: var(--hue); font-size: .87rem; font-weight: 600; } td.status::before { content: "● "; }
+td.status { color: var(--hue); font-size: .9rem; font-weight: 600; }
+td.status::before { content: "●"; margin-right: 5px; }
 tr:not(.good) .until { color: var(--soft); } .until:empty::before { content: "–"; }
-.live [data-job=DONE] .status { filter: grayscale(1); } .live [data-job=DONE] b { color: var(--good); }
-[data-job=RUNNING] b { color: var(--act); } .bad[data-job=FAILED] .job { color: var(--bad); }
-footer { min-height: 60px; justify-content: space-between; }
-#offline { position: fixed; inset: auto 0 0; padding: 14px; text-align: center;
-  background: var(--text); color: var(--page); }
-dialog { max-width: min(460px, 100% - 32px); padding: 24px; } dialog p { margin: 12px 0 24px; }
-dialog button { margin-right: 12px; } dialog::backdrop { background: rgb(0 0 0 / .5); }
-@media (max-width: 980px) {
-  body { padding: 12px 12px 72px; } main { min-height: 840px; }
-  #summary { margin: 12px 0 4px; padding: 10px 12px; font-size: 1.05rem; }
-  #stage { min-height: 172px; } #notice { padding-left: 18px; }
-  #actions { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; } #all { margin: 0; }
-  header { gap: 6px; } button, select { padding: 0 6px; } #actions > * { font-size: .85rem; }
-  thead { display: none; } table, tbody { display: block; }
-  tbody tr { display: grid; grid-template-columns: max-content 1fr; align-content: center;
-    align-items: center; min-height: 92px; padding: 4px 12px 6px; }
-  tbody th, td { width: auto !important; height: auto; padding: 0 !important; } .status { text-align: right; }
-  .until, .job { grid-column: 1 / 3; margin-left: 32px; } .until:not(:empty)::before { content: "until "; }
-  .live tr:not([data-job=""]) .until { display: none; }
+.job b { color: var(--hue); } .job.none b { font-weight: inherit; } #footer { margin-top: 16px; }
+.live .job p { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; }
+dialog { max-width: min(460px, 100% - 32px); padding: 24px; } dialog button + button { margin-left: 4px; }
+dialog p { margin: 12px 0 24px; } dialog::backdrop { background: rgb(0 0 0 / .5); }
+@media (max-width: 860px) {
+  body { padding: 12px; } button, select { padding: 0 8px; } #summary { font-size: 1.1rem; }
+  label { gap: 8px; } td.status { font-size: .82rem; text-align: right; }
+  #card { margin: 12px 0; padding: 10px 12px 12px; }
+  .live #card { min-height: 206px; } .live #notice { min-height: 2.8em; }
+  #actions { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px; }
+  #actions > * { margin: 0; font-size: .85rem; } thead { display: none; } table, tbody { display: block; }
+  tbody tr { display: grid; grid-template-columns: max-content 1fr; align-items: center; gap: 0 6px;
+    align-content: start; min-height: 100px; padding: 4px 12px 8px; }
+  tbody tr > [class] { width: auto; height: auto; padding: 0; }
+  td.until, td.job { grid-column: 1 / 3; margin-left: 28px; font-size: .9rem; }
+  .until:empty, .live tr:not([data-job=""]) .until { display: none; }
+  .until::before { content: "until "; } [data-status=EXPIRED] .until::before { content: "was valid until "; }
 }
 </style>
 </head>
@@ -2672,56 +2548,54 @@ dialog button { margin-right: 12px; } dialog::backdrop { background: rgb(0 0 0 /
   <h1>Upstox tokens</h1> <span id="checked" class="soft"></span> <button id="refresh">Check again</button>
 </header>
 <main id="main">
-  <p id="summary" aria-live="polite"></p>
-  <div id="stage">
-    <div id="normal">
-      <p id="notice" role="status"></p>
-      <div id="actions">
-        <button id="missing" class="main"></button> <button id="selected"></button>
-        <select id="flow" aria-label="Way to log in">
-          <option value="SELENIUM">Browser login</option> <option value="V3">Approve on phone</option>
-        </select>
-        <button id="all" class="danger">Force regenerate all</button>
-      </div>
-      <form id="keyform">
-        <label for="key">Key</label>
-        <input id="key" type="password" required pattern="[!-~]+" title="A key has no spaces.">
-        <button id="key-save" class="main">Save</button>
-      </form>
+  <section id="card">
+    <div aria-live="polite">
+      <p id="summary" tabindex="-1"></p> <p id="hold" class="bad"></p> <p id="notice"></p>
     </div>
-    <section id="operator" aria-labelledby="turn">
-      <h2 id="turn">Your turn</h2> <p id="task"></p>
-      <p class="soft">The run goes on by itself as soon as that is done.</p>
-    </section>
-  </div>
+    <div id="actions">
+      <button id="missing" class="main"></button> <button id="selected"></button>
+      <select id="flow" aria-label="Way to log in"><option value="SELENIUM">Browser login</option>
+        <option value="V3">Approve on phone</option></select>
+      <button id="all" class="danger">Force regenerate all</button>
+    </div>
+    <form id="keyform">
+      <label for="key">Key</label> <input id="key" type="password" required autocomplete="off"
+        pattern="[!-~]+" title="A key has no spaces."> <button id="key-save" class="main">Save</button>
+    </form>
+  </section>
   <table id="tokens">
-    <thead><tr><th scope="col">API</th><th scope="col" class="status">Status</th>
-      <th scope="col" class="until">Valid until</th><th scope="col">Last run</th></tr></thead>
+    <thead><tr><th scope="col" class="api">API</th><th scope="col" class="status">Status</th>
+      <th scope="col" class="until">Valid until</th><th scope="col">Last attempt</th></tr></thead>
     <tbody id="body"></tbody>
   </table>
   <template id="row"><tr>
-    <th scope="row"><label><input type="checkbox"> <span></span></label></th>
-    <td class="status"></td><td class="until"></td><td class="job"><b></b><span></span></td>
+    <th scope="row" class="api"><label><input type="checkbox"> <span></span></label></th>
+    <td class="status"></td><td class="until"></td><td class="job"><p><b></b><span></span></p></td>
   </tr></template>
+  <p id="footer" class="soft">All times are the server’s local time.</p>
 </main>
-<footer class="soft">All times are the server's. <button id="forget">Forget key</button></footer>
-<p id="offline" role="alert">The server does not answer. Trying again…</p>
 <dialog id="confirm" aria-labelledby="danger" aria-describedby="dangers">
   <h2 id="danger">Regenerate every token, valid or not?</h2>
   <p id="dangers">Every app logs in again, each at the cost of a one-time code or of an approval on the phone.
     Programs that use the present tokens stop working until they read the new ones.</p>
-  <button id="confirm-no" autofocus>Cancel</button>
-  <button id="confirm-yes" class="danger">Regenerate all</button>
+  <button id="confirm-no">Cancel</button> <button id="confirm-yes" class="danger">Regenerate all</button>
 </dialog>
 <script nonce="NONCE">
 'use strict';
+const WAYS = {CLI: 'cron or command line', MENU: 'menu', REST: 'web page or HTTP',
+  WEBHOOK: 'approved on the phone'};
+const STEPS = {PENDING: ['none', 'Queued'], RUNNING: ['busy', 'Running'], SKIPPED: ['none', 'Not tried'],
+  DONE: ['good', 'Generated just now'], FAILED: ['bad', 'Failed']};
+const GOES_ON = 'The run goes on even when this page is closed.';
 const $ = id => document.getElementById(id), ticked = () => [...$('body').querySelectorAll(':checked')];
 const live = run => Boolean(run) && (run.state === 'RUNNING' || run.state === 'WAITING_FOR_OPERATOR');
-const tone = token => ({VALID: 'good', UNKNOWN: 'none'}[token.status] || 'bad');  // bad: needs generating
-const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+const tone = label => label === 'VALID' ? 'good' : label.startsWith('UNKNOWN') ? 'none' : 'bad';
+const count = kind => report ? report.tokens.filter(token => tone(token.status) === kind).length : 0;
 const keep = typed => { key = typed; sessionStorage.setItem('key', key); };
-let report = null, job = null, note = '', locked = false, starting = false;  // what the page shows
-let key = sessionStorage.getItem('key') || '', fails = 0, turn = 0, timer = 0;
+const follow = path => { watched = path; localStorage.setItem('job', path); };  // for a reload and other tabs
+let report = null, job = null, note = '', trouble = null, locked = false, starting = false;  // what is shown
+let key = sessionStorage.getItem('key') || '', watched = localStorage.getItem('job') || '';
+let turn = 0, timer = 0;
 
 async function call(path, body) {
   const headers = {'Content-Type': 'application/json', ...key && {Authorization: 'Bearer ' + key}};
@@ -2733,29 +2607,38 @@ async function call(path, body) {
 }
 
 async function tick() {  // asks, shows, comes again; a newer tick makes an older one void
-  const mine = ++turn;
+  if (locked && !key) return;
+  const mine = ++turn, unknown = error => error.status === 404 ? null : Promise.reject(error);
   clearTimeout(timer);
-  if (document.hidden) return;
   try {
-    const run = await call('jobs/latest').catch(error => error.status === 404 ? null : Promise.reject(error));
+    const run = watched && await call(watched).catch(unknown);
     const fresh = live(run) && report || await call('status');
     if (mine !== turn) return;
-    note = live(job) && !run ? 'The server no longer knows the run; was it restarted?' : '';
-    [job, report, locked, fails] = [run, fresh, false, 0];
+    learn(run, fresh);
+    [report, trouble, locked] = [fresh, null, false];
   } catch (error) {
     if (mine !== turn) return;
     if (error.status === 401) return lock();
-    if (error.status) note = error.message;
-    fails = error.status ? 0 : fails + 1;
+    trouble = error.status ? ['No check', 'The server could not check the tokens.', error.message]
+      : ['No answer', 'The server does not answer.', 'Trying again… The table is as of the last check.'];
   }
   render();
-  timer = setTimeout(tick, 1000 * (fails ? Math.min(15, 2 ** fails) : live(job) ? 1 : 60));
+  const calm = document.hidden ? 600 : trouble ? 5 : note || count('bad') ? 10 : 60;  // seconds
+  timer = setTimeout(() => { note = ''; tick(); }, 1000 * (watched && !trouble ? 1 : calm));
+}
+
+function learn(run, fresh) {  // which job to show, and whether to go on asking for it
+  const known = JSON.stringify(fresh.tokens.map(token => token.lastAttempt));
+  if (live(job) && watched && !run) note = 'The server no longer knows the run; was it restarted?';
+  if (live(run) || run && watched !== 'jobs/latest') job = {...run, known};
+  else if (watched || job && job.known !== known) job = null;  // something newer has happened elsewhere
+  follow(live(run) ? 'jobs/' + run.jobId : '');
 }
 
 function lock() {
   note = key && 'The server did not accept the key.';
   keep('');
-  [report, job, locked, fails] = [null, null, true, 0];
+  [report, job, trouble, locked] = [null, null, null, true];
   render();
   $('key').focus();
 }
@@ -2766,29 +2649,81 @@ async function generate(mode, apiNames) {
   render();
   try {
     const run = await call('generate', {mode, apiNames, flow: $('flow').value});
-    job = {...run, results: run.apiNames.map(apiName => ({apiName, state: 'PENDING'}))};
+    const results = run.apiNames.map(apiName => ({apiName, state: 'PENDING', message: ''}));
+    job = {...run, message: '', results};
+    follow('jobs/' + run.jobId);
     ticked().forEach(box => { box.checked = false; });
   } catch (error) {
     note = error.status ? error.message : 'No answer came. If the run has begun, it will show here.';
+    if (!error.status || error.status === 409) watched = 'jobs/latest';  // whose run is it?
   }
   starting = false;
   render();
-  timer = setTimeout(tick, note ? 9000 : 0);
+  tick();
 }
 
-function headline() {  // the sentence on top and its colour
-  if (locked) return ['none', 'This server asks for its key.'];
+function when(text) {  // '2026-11-26 03:30:00' reads '26 Nov 03:30'
+  const day = new Date(`${text}`.slice(0, 16).replace(' ', 'T') + 'Z');
+  const form = {day: 'numeric', month: 'short', hour: '2-digit', minute: '2-digit', timeZone: 'UTC'};
+  return isNaN(day) ? text || '' : day.toLocaleString('en-GB', form).replace(',', '');
+}
+
+function plain(words) {  // the server's words, with this page's names for the ways to log in
+  const named = (all, way) => all.replaceAll('--flow ' + way.value, `“${way.text}”`);
+  return [...$('flow').options].reduce(named, words);
+}
+
+function headline() {  // colour, words for the tab, sentence on top, line below it
+  if (locked) return ['none', 'Key needed', 'This server asks for its key.',
+    'It is UPSTOX_SERVE_KEY of the server. This tab keeps it until it is closed.'];
+  if (trouble) return ['bad', ...trouble];
+  if (starting) return ['busy', 'Starting', 'Starting the run…', GOES_ON];
   if (live(job)) {
-    const text = `: ${job.results.filter(one => one.state === 'DONE').length} of ${job.results.length} done.`;
-    return job.state === 'RUNNING' ? ['busy', 'Generating' + text] : ['wait', 'Waiting for you' + text];
+    const done = `${job.results.filter(one => one.state === 'DONE').length} of ${job.results.length} done`;
+    if (job.state === 'RUNNING') return ['busy', done, `Generating: ${done}.`, job.message || GOES_ON];
+    return ['wait', 'Your turn', `Your turn: ${done}.`, yourTurn(job.message)];
   }
-  if (!report) return ['none', 'Checking the tokens…'];
-  const n = report.tokens.length, of = kind => report.tokens.filter(token => tone(token) === kind).length;
-  const bad = of('bad'), none = of('none'), rest = none ? ` For ${none} the broker could not be asked.` : '';
-  if (bad) return ['bad', `${bad} of ${n} tokens need${bad > 1 ? '' : 's'} generating.` + rest];
-  if (rest) return ['none', `${of('good')} of ${n} tokens valid.` + rest];
-  const until = report.tokens.map(token => token.validityAt).sort()[0].slice(11, 16);
-  return ['good', (n > 1 ? `All ${n} tokens are` : 'The token is') + ` valid until ${until}.`];
+  if (!report) return ['none', 'Checking', 'Checking the tokens…', ''];
+  const none = count('none'), bad = count('bad'), s = bad > 1 ? '' : 's', n = report.tokens.length;
+  const line = job ? lastRun() : none ? `For ${none} the broker gave no verdict; “Generate missing” leaves `
+    + (none > 1 ? 'them alone.' : 'it alone.') : '';
+  if (bad) return ['bad', `${bad} need${s} a login`, `${bad} of ${n} tokens need${s} generating.`, line];
+  if (none) return ['none', `${none} without verdict`, `${n - none} of ${n} tokens are valid.`, line];
+  const until = when(report.tokens.map(token => token.validityAt).sort()[0]);
+  const all = n > 1 ? `All ${n} tokens are` : 'The token is';
+  return ['good', 'All valid', `${all} valid until ${until}.`, line];
+}
+
+function yourTurn(message) {
+  return message.replace(/[.]$/, '') + (/approv/i.test(message)
+    ? '. Open the Upstox app on the phone and approve there; the run goes on by itself.'
+    : '. The window is on the server’s screen; the run waits up to 5 minutes and goes on by itself.');
+}
+
+function lastRun() {  // how the job ended; a reason that the table shows is not said again
+  const inTable = one => one.state !== 'DONE' && one.message && job.message.includes(one.message);
+  const told = job.results.find(inTable);
+  if (!told) return 'Last run: ' + job.message;
+  return `Last run: ${job.message.split(told.apiName + ':')[0]}The table says why.`;
+}
+
+function story(token, {state, message}, told) {  // what happened last: colour, first words, the rest
+  const last = token.lastAttempt, made = token.generatedAt, failed = last && last.outcome === 'FAILED';
+  const once = text => {  // a long reason is told in full only once
+    if (report.hold && text.includes(report.hold)) return ': logins are on hold, see above.';
+    if (text.length > 60 && told.has(text)) return `: the same as ${told.get(text)}.`;
+    told.set(text, token.apiName);
+    return text && ': ' + plain(text);
+  };
+  if (state && live(job) || state === 'SKIPPED' || state === 'FAILED' && !failed)
+    return [...STEPS[state], state === 'DONE' ? '' : once(message.replace('not tried: ', ''))];
+  if (!last || last.at < made) return ['none', made ? 'Generated ' + when(made) : '–', ''];
+  const way = ` (${WAYS[last.source] || last.source})` + once(last.reason || '');
+  return failed ? ['bad', 'Failed ' + when(last.at), way] : ['none', 'Generated ' + when(last.at), way];
+}
+
+function put(node, values) {  // touches only what changes, so that nothing is announced twice
+  for (const [name, value] of Object.entries(values)) if (node[name] !== value) node[name] = value;
 }
 
 function newRow({apiName}) {
@@ -2797,38 +2732,44 @@ function newRow({apiName}) {
   return tr;
 }
 
-function renderRow(tr, token) {
-  const {state, message} = job && job.results.find(one => one.apiName === token.apiName) || {state: ''};
-  tr.className = tone(token);
-  [tr.dataset.status, tr.dataset.job] = [token.status, state];
-  put(tr.querySelector('.status'), token.status + (token.reason ? ` (${token.reason})` : ''));
-  put(tr.querySelector('.until'), (token.validityAt || '').slice(0, 16));
-  put(tr.querySelector('b'), state.charAt(0) + state.slice(1).toLowerCase());
-  put(tr.querySelector('b + span'), message ? ': ' + message : '');
+function renderRow(tr, token, told) {
+  const result = job && job.results.find(one => one.apiName === token.apiName) || {state: ''};
+  const done = live(job) && result.state === 'DONE';  // its message is the new status
+  const label = done ? result.message : token.status + (token.reason ? ` (${token.reason})` : '');
+  const until = done || token.status === 'INVALID' ? '' : when(token.validityAt);
+  const [mood, first, rest] = story(token, result, told), [, status, valid, last] = tr.cells;
+  put(tr, {className: tone(label)});
+  put(tr.dataset, {status: label.split(' (')[0], job: result.state});
+  put(status, {textContent: label});
+  put(valid, {textContent: until});
+  put(last, {className: 'job ' + mood});
+  put(last.querySelector('b'), {textContent: first});
+  put(last.querySelector('span'), {textContent: rest});
 }
 
 function render() {
   const all = report ? report.tokens : [], shown = [...$('body').rows].map(tr => tr.dataset.api);
-  if (all.map(token => token.apiName).join() !== shown.join()) $('body').replaceChildren(...all.map(newRow));
-  all.forEach((token, i) => renderRow($('body').rows[i], token));
-  const [mood, sentence] = headline(), running = live(job), waiting = running && job.state !== 'RUNNING';
-  const busy = !report || running || starting || fails > 0;
-  const need = all.filter(token => tone(token) === 'bad').length, picked = ticked().length;
-  const line = note || (locked ? 'It is UPSTOX_SERVE_KEY of the server. This tab keeps it until it is closed.'
-    : starting ? 'Starting…' : running ? job.message || 'The run goes on even when this page is closed.'
-    : job ? 'Last run: ' + job.message : '');
-  const texts = {summary: sentence, notice: line, task: waiting ? job.message : '',
-    checked: report ? 'Checked ' + report.checkedAt.slice(11) : '',
-    missing: `Generate missing (${need})`, selected: `Generate selected (${picked})`};
-  const disabled = {missing: busy || !need, selected: busy || !picked, all: busy, flow: busy};
-  const hidden = {normal: waiting, operator: !waiting, keyform: !locked, actions: locked, tokens: locked,
-    forget: !key, offline: !fails};
-  const classes = {summary: mood, main: running ? 'live' : '',
-    notice: note || (need && job && job.state === 'FAILED') ? 'bad' : ''};
-  for (const [id, text] of Object.entries(texts)) put($(id), text);
-  for (const [id, off] of Object.entries(disabled)) $(id).disabled = off;
-  for (const [id, off] of Object.entries(hidden)) $(id).hidden = off;
-  for (const [id, name] of Object.entries(classes)) $(id).className = name;
+  const held = document.activeElement, told = new Map();
+  const same = all.map(token => token.apiName).join() === shown.join();
+  if (!same) $('body').replaceChildren(...all.map(newRow));
+  all.forEach((token, i) => renderRow($('body').rows[i], token, told));
+  const [mood, title, sentence, line] = headline(), need = count('bad'), picked = ticked().length;
+  const busy = Boolean(!report || live(job) || starting || trouble), hold = report && report.hold || '';
+  const onHold = `Logins are on hold: ${hold.replace(/[.]$/, '')}. Correct the settings, or go ahead from `
+    + 'the menu on the server. Approval on the phone works all the same.';
+  const failed = note || trouble || job && job.state === 'FAILED';
+  const page = {
+    main: {className: live(job) || starting ? 'live' : ''}, card: {className: mood},
+    summary: {textContent: sentence}, hold: {hidden: !hold, textContent: onHold},
+    notice: {textContent: plain(note || line), className: failed ? 'bad' : ''},
+    missing: {textContent: `Generate missing (${need})`, disabled: busy || !need},
+    selected: {textContent: `Generate selected (${picked})`, disabled: busy || !picked},
+    all: {disabled: busy}, flow: {disabled: busy}, actions: {hidden: locked || mood === 'wait'},
+    checked: {textContent: report ? 'Checked ' + report.checkedAt.slice(11) : ''}, refresh: {hidden: locked},
+    keyform: {hidden: !locked}, tokens: {hidden: locked}, footer: {hidden: !report}};
+  for (const [id, values] of Object.entries(page)) put($(id), values);
+  document.title = title + ' - Upstox tokens';
+  if (held.disabled || held.closest('[hidden]')) $('summary').focus();  // never lost to the body
 }
 
 $('body').onchange = render;
@@ -2837,10 +2778,13 @@ $('selected').onclick = () => generate('PARTIAL', ticked().map(box => box.value)
 $('all').onclick = () => $('confirm').showModal();
 $('confirm-no').onclick = () => $('confirm').close();
 $('confirm-yes').onclick = () => { $('confirm').close(); generate('ALL'); };
-$('refresh').onclick = () => { put($('checked'), 'Checking…'); tick(); };
-$('forget').onclick = () => { keep(''); tick(); };
+$('refresh').onclick = () => { put($('checked'), {textContent: 'Checking…'}); tick(); };
 $('keyform').onsubmit = () => { keep($('key').value); $('keyform').reset(); tick(); return false; };
-document.addEventListener('visibilitychange', tick);
+document.onvisibilitychange = () => tick();
+window.onstorage = change => {  // another tab has started a run
+  if (change.key === 'job' && change.newValue) { watched = change.newValue; tick(); }
+};
+$('flow').value = 'FLOW';
 render();
 tick();
 </script>
@@ -2851,7 +2795,8 @@ tick();
 
 # ---- HTTP API: requests, routes, the server ------------------------------------------------------
 
-Reply = tuple[int, Any, Mapping[str, str]]  # status, payload (a dictionary becomes JSON, a text is HTML), headers
+# status, payload (a dictionary becomes JSON, a text is HTML), headers
+Reply = tuple[int, Any, Mapping[str, str]]
 
 
 class HttpError(Exception):
@@ -2859,7 +2804,8 @@ class HttpError(Exception):
 
     def __init__(self, code: int, text: str, **headers: str) -> None:
         super().__init__(text)
-        self.code, self.headers = code, {name.replace("_", "-"): value for name, value in headers.items()}
+        self.code = code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 def job_json(run: Run) -> dict[str, Any]:
@@ -2869,7 +2815,7 @@ def job_json(run: Run) -> dict[str, Any]:
         state = "DONE" if run.exit_code == OK else "FAILED"
         done = sum(state == "DONE" for state, _ in run.progress.values())
         counted = f"{done} of {len(run.progress)} generated." if run.progress else "Nothing to do."
-        message = run.problem or " ".join([counted, *run.left_alone(), *run.failures()[:1]])
+        message = run.problem or " ".join(filter(None, [counted, run.left_alone(), *run.failures()[:1]]))
     return {"jobId": run.run_id, "state": state, "message": message,
             "results": [{"apiName": name, "state": state, "message": message}
                         for name, (state, message) in list(run.progress.items())]}
@@ -2888,12 +2834,12 @@ def read_request(body: Any, config: Config, flow: str) -> tuple[str, list[str], 
     if bool(names) != (mode == "PARTIAL"):
         raise HttpError(400, "apiNames are needed for mode PARTIAL, and only there")
     if unknown := [name for name in names if name not in config.names]:
-        raise HttpError(400, f"apiNames: {printable(unknown[0], 40)} is not one of {', '.join(config.names)}")
+        name = printable(redact(unknown[0], config.secrets()), 40)
+        raise HttpError(400, f"apiNames: {name} is not one of {', '.join(config.names)}")
     return mode, names, flow
 
 
 def get_page(server: Server, request: Handler) -> Reply:
-    """The dashboard."""
     nonce = secrets.token_urlsafe(16)
     policy = (f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src "
               "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -2901,9 +2847,9 @@ def get_page(server: Server, request: Handler) -> Reply:
     return 200, page, {"Content-Security-Policy": policy}
 
 
-def get_health(server: Server, request: Handler) -> Reply:
-    """Whether the server answers."""
-    return 200, {"status": "ok"}, {}
+def one_line(error: TokenError) -> str:
+    """The problems of an error, a line each, as one."""
+    return " ".join(f"{line.rstrip('.')}." for line in str(error).splitlines())
 
 
 def get_status(server: Server, request: Handler) -> Reply:
@@ -2926,11 +2872,6 @@ def get_status(server: Server, request: Handler) -> Reply:
     return 200, result, {}
 
 
-def one_line(error: TokenError) -> str:
-    """The problems of an error, a line each, as one."""
-    return " ".join(f"{line.rstrip('.')}." for line in str(error).splitlines())
-
-
 def post_generate(server: Server, request: Handler) -> Reply:
     """Start a run in a thread of its own; 409 when another is busy, 400 when the request makes no sense."""
     if request.headers.get_content_type() != "application/json":
@@ -2941,8 +2882,7 @@ def post_generate(server: Server, request: Handler) -> Reply:
         raise HttpError(400, "the body is not JSON") from None
     ctx = server.ctx
     mode, names, flow = read_request(body, load_config(ctx, "menu"), ctx.args.flow)
-    run = Run(ctx, load_config(ctx, flow), "REST", mode, names, flow=flow, headed=ctx.args.headed,
-              stopping=server.stopping.is_set)
+    run = Run(ctx, load_config(ctx, flow), "REST", mode, names, flow=flow, headed=ctx.args.headed)
     begin(run)
     server.jobs = dict([*server.jobs.items(), (run.run_id, run)][-20:])
     server.worker = threading.Thread(target=server.work, args=(run,))
@@ -2952,7 +2892,6 @@ def post_generate(server: Server, request: Handler) -> Reply:
 
 
 def get_job(server: Server, request: Handler, job_id: str) -> Reply:
-    """One job, or the latest."""
     latest = next(reversed(server.jobs.values()), None)
     run = latest if job_id == "latest" else server.jobs.get(job_id)
     if run is None:
@@ -2961,10 +2900,16 @@ def get_job(server: Server, request: Handler, job_id: str) -> Reply:
 
 
 ROUTES: tuple[tuple[str, str, Callable[..., Reply]], ...] = (
-    ("GET", r"/", get_page), ("GET", r"/healthz", get_health),
+    ("GET", r"/", get_page),
+    ("GET", r"/healthz", lambda server, request: (200, {"status": "ok"}, {})),
     ("GET", r"/auth/upstox/tokens/status", get_status),
     ("POST", r"/auth/upstox/tokens/generate", post_generate),
     ("GET", r"/auth/upstox/tokens/jobs/([0-9a-z]{1,40})", get_job))
+
+
+def is_loopback_name(host: str) -> bool:
+    """Whether a name or address leads to this machine wherever it is asked (RFC 6761: x.localhost does)."""
+    return on_this_machine(host) or host.endswith(".localhost")
 
 
 def serve_address(text: str, config: Config) -> tuple[str, int]:
@@ -2977,11 +2922,6 @@ def serve_address(text: str, config: Config) -> tuple[str, int]:
     return match[1].lower(), int(match[2])
 
 
-def is_loopback_name(host: str) -> bool:
-    """Whether a name or address leads to this machine wherever it is asked (RFC 6761: x.localhost does)."""
-    return on_this_machine(host) or host.endswith(".localhost")
-
-
 class Server(http.server.ThreadingHTTPServer):
     """What requests share: the context, the last check, the jobs. A thread per connection, 500 at most."""
 
@@ -2991,12 +2931,12 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, ctx: Context, config: Config, address: str, webhook_only: bool = False) -> None:
         self.ctx, self.path, self.webhook_only = ctx, find_database(ctx.args.db), webhook_only
         self.key, self.origins = config.serve_key, config.origins  # the start's
+        self.config = config
         self.hidden = config.secrets()  # a client may send one as its path
         self.jobs: dict[str, Run] = {}
         self.worker: threading.Thread | None = None
-        self.stopping, self.stored = threading.Event(), 0
-        self.checking = threading.Lock()
-        self.proving = threading.Semaphore(PROOFS_AT_ONCE)
+        self.stored = 0  # deliveries tried
+        self.checking, self.proving = threading.Lock(), threading.Semaphore(PROOFS_AT_ONCE)
         self.checked: tuple[float, Any, Any] = (0.0, None, None)  # when, what was known, the result
         self.host, port = serve_address(address, config)
         self.address_family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
@@ -3019,52 +2959,62 @@ class Server(http.server.ThreadingHTTPServer):
 
     def tell(self, text: str) -> None:
         """A line for the operator; within a command line run -q leaves it out."""
-        (self.ctx.inform if self.webhook_only else self.ctx.log)(redact(text, self.hidden))
+        say = self.ctx.inform if self.webhook_only else self.ctx.log
+        say(redact(text, self.hidden))
 
     def work(self, run: Run) -> None:
         """A job's thread; what it says stands in the run."""
         try:
-            finish(run)
-        except TokenError:
-            pass
+            with contextlib.suppress(TokenError):
+                finish(run)
         except Exception as error:  # a bug: its text may hold anything
             self.tell(f"internal error: {type(error).__name__}")
 
     def deliver(self, body: bytes) -> None:
-        """Prove and store what was delivered, in a few tries over some minutes; tell the operator in one line."""
-        try:
-            config = load_config(self.ctx, "status")
-        except TokenError as error:
-            return self.tell(f"a delivery could not be looked at: {one_line(error)}")
+        """Prove and store what was delivered, in a few tries over minutes; tell the operator in one line."""
+        config = self.latest_config()
         app, delivery = parse_delivery(body, config, self.ctx.now())
         if app is None:
             return None  # a stranger's
-        if delivery is None:
-            return self.tell(f"{app.name}: a delivery was not stored: it is no token message, or its expiry cannot "
-                             "be right")
+        if isinstance(delivery, str):
+            return self.tell(f"{app.name}: a delivery was not stored: {delivery}")
         line = "a delivery was not stored: the program was stopped"
         for pause in (0, 1, 2, 4, 8, 15, 30, 60, 120, 240):
-            if self.stopping.wait(pause):
+            if self.ctx.stopping.wait(pause):
                 break
-            with self.proving:
-                try:
-                    settled, line = take_delivery(self.ctx, config, self.path, app, delivery)
-                except DatabaseError as error:
-                    settled, line = False, f"a delivered token cannot be stored yet. {error}"
-                self.stored += 1
+            settled, line = self.try_delivery(config, app, delivery)
             if settled:
                 break
             if not pause:
                 self.tell(f"{app.name}: {line}; trying again")
-        self.tell(f"{app.name}: {line}")
+        return self.tell(f"{app.name}: {line}")
+
+    def try_delivery(self, config: Config, app: App, delivery: Delivery) -> tuple[bool, str]:
+        """One try: whether that is settled, and a line for the operator."""
+        with self.proving:
+            try:
+                settled, problem = take_delivery(self.ctx, config, self.path, app, delivery)
+            except DatabaseError as error:
+                return False, f"a delivered token cannot be stored yet. {error}"
+            finally:
+                self.stored += 1
+        line = f"a delivery was not stored: {problem}" if problem else "approved on the phone, token stored"
+        return settled, line
 
     def end(self) -> None:
         """Let a running job finish its current app, and a delivery its store."""
-        self.stopping.set()
+        self.ctx.stopping.set()
         if self.worker:
             self.worker.join()
+        end = time.monotonic() + PROFILE_SECONDS + STORE_SECONDS
         for _ in range(PROOFS_AT_ONCE):
-            self.proving.acquire(timeout=PROFILE_SECONDS)
+            self.proving.acquire(timeout=max(0.0, end - time.monotonic()))
+
+    def latest_config(self) -> Config:
+        """The configuration for deliveries, read anew; the last good one while the file is being edited."""
+        with contextlib.suppress(TokenError):
+            self.config = load_config(self.ctx, "status")
+        return self.config
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -3075,15 +3025,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     timeout = 10  # seconds of silence
 
     def respond(self) -> None:
-        """One request, whatever the method."""
         self.cors: dict[str, str] = {}
         try:
-            self.answer(*self.dispatch(self.requestline.split()[1].partition("?")[0]))
+            if reply := self.dispatch(self.requestline.split()[1].partition("?")[0]):
+                self.answer(*reply)
         except HttpError as error:
             self.answer(error.code, {"error": str(error)}, error.headers)
         except TokenError as error:
-            code = {BUSY: 409, USAGE: 503 if isinstance(error, DatabaseError) else 400}.get(error.exit_code, 503)
-            self.answer(code, {"error": one_line(error)}, {})
+            codes = {BUSY: 409, USAGE: 503 if isinstance(error, DatabaseError) else 400}
+            self.answer(codes.get(error.exit_code, 503), {"error": one_line(error)}, {})
         except OSError:
             self.close_connection = True  # the client is gone
         except Exception as error:  # a bug: tell where, not what, since its text may hold anything
@@ -3092,13 +3042,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = respond
 
-    def dispatch(self, path: str) -> Reply:
-        """Webhook first: the broker sends neither our key nor a host name of ours."""
+    def dispatch(self, path: str) -> Reply | None:
+        """Webhook first: the broker sends neither our key nor a host name of ours. None: it is answered."""
         server = self.server
         found = next(((method, route, match.groups()) for method, pattern, route in ROUTES
                       if (match := re.fullmatch(pattern, path)) and not server.webhook_only), None)
-        if not found and path == notifier_path(server.ctx):
-            return self.receive()
+        if not found and path == urllib.parse.urlsplit(server.latest_config().notifier).path:
+            self.receive()
+            return None
         self.check_host()
         self.check_origin()
         preflight = self.command == "OPTIONS" and self.cors  # browsers send it without the key
@@ -3114,7 +3065,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.need_method(method)
         return route(server, self, *groups)
 
-    def receive(self) -> Reply:
+    def receive(self) -> None:
         """A delivery: answered at once and alike whatever it is, then looked at in this thread."""
         self.need_method("POST")
         body = self.read_body()
@@ -3122,10 +3073,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
         self.server.deliver(body)
-        raise ConnectionResetError  # answered already
 
     def need_method(self, method: str) -> None:
-        """405 for any other."""
         if self.command != method and (self.command, method) != ("HEAD", "GET"):
             allowed = "GET, HEAD, OPTIONS" if method == "GET" else f"{method}, OPTIONS"
             raise HttpError(405, f"use {method}", Allow=allowed)
@@ -3149,7 +3098,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                      "Vary": "Origin"}
 
     def check_key(self) -> None:
-        """The bearer key, where one is set."""
         given, key = self.headers.get("Authorization", "").encode("utf-8", "replace"), self.server.key
         if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
             raise HttpError(401, "the key is missing or wrong", WWW_Authenticate="Bearer")
@@ -3167,14 +3115,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def answer(self, code: int, payload: Any, headers: Mapping[str, str]) -> None:
-        """Headers and body."""
-        html = isinstance(payload, str)
-        body = payload.encode() if html else b"" if payload is None else json.dumps(payload).encode()
+        kind, body = "application/json", b""
+        if isinstance(payload, str):
+            kind, body = "text/html; charset=utf-8", payload.encode()
+        elif payload is not None:
+            body = json.dumps(payload).encode()
         self.send_response(code)
-        for name, value in {"Content-Type": "text/html; charset=utf-8" if html else "application/json",
-                            "Content-Length": str(len(body)), "Cache-Control": "no-store",
-                            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                            **self.cors, **headers}.items():
+        common = {"Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": "no-store",
+                  "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+        for name, value in {**common, **self.cors, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else body)
@@ -3207,16 +3156,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What else http.server would log: nothing that an operator needs."""
 
 
-def notifier_path(ctx: Context) -> str:
-    """The path of UPSTOX_NOTIFIER_WEBHOOK_URI, read anew; empty when there is none."""
-    with contextlib.suppress(TokenError):
-        return urllib.parse.urlsplit(load_config(ctx, "status").notifier).path
-    return ""
-
-
-def command_serve(ctx: Context) -> int:
+def command_serve(ctx: Context, config: Config, path: Path) -> int:
     """--serve: until Ctrl-C or SIGTERM."""
-    with Server(ctx, load_config(ctx, "menu"), ctx.args.serve) as server:
+    with Server(ctx, config, ctx.args.serve) as server:
         try:
             ctx.inform(f"Serving on {server.url} (Ctrl-C ends)")
             server.serve_forever()
@@ -3244,11 +3186,185 @@ def listening(ctx: Context, config: Config) -> Iterator[None]:
             server.end()
 
 
+# ---- Commands ------------------------------------------------------------------------------------
+
+def tell_strangers(ctx: Context, rows: Iterable[str]) -> None:
+    """One line for rows that are none of ours."""
+    if foreign := sorted(set(rows) - set(API_NAMES)):
+        ctx.inform("Rows of unknown names are left untouched: "
+                   + ", ".join(printable(name, 40) for name in foreign))
+
+
+def look_at_tokens(ctx: Context, config: Config, path: Path) -> list[Status]:
+    """Every app's status now; tells a hold."""
+    rows = read_tokens(path)
+    tell_strangers(ctx, rows)
+    if hold := current_hold(path, config):
+        ctx.inform(f"Logins are on hold: {hold.rstrip('.')}.")
+    return classify_tokens(config, rows, ctx.now())
+
+
+def say_summary(ctx: Context, path: Path, statuses: Iterable[Status]) -> None:
+    ctx.say(*summary_lines(list(statuses), path if ctx.args.verbose else None))
+
+
+def say_result(ctx: Context, run: Run) -> None:
+    """The summary at the end of a run, and what to do about the apps that failed."""
+    say_summary(ctx, run.path, run.statuses.values())
+    if lines := run.failures():
+        ctx.say("", *lines)
+
+
+def all_valid(statuses: Iterable[Status]) -> int:
+    """The exit code of a mere look."""
+    return OK if all(status.word == "VALID" for status in statuses) else NOT_VALID
+
+
+def generate(ctx: Context, config: Config, source: str, mode: str, named: Sequence[str], *,
+             headed: bool = False, lifted: str = "") -> Run:
+    """One whole run of the command line or the menu."""
+    if ctx.args.serve:
+        serve_address(ctx.args.serve, config)
+    run = Run(ctx, config, source, mode, named, flow=ctx.args.flow, headed=headed or ctx.args.headed,
+              lifted=lifted)
+    begin(run)
+    if line := run.left_alone():
+        ctx.log(line)
+    by_phone = run.flow == "V3" and run.apps
+    receiver = listening(ctx, config) if by_phone else contextlib.nullcontext()
+    with receiver:
+        finish(run)
+    return run
+
+
+def command_status(ctx: Context, config: Config, path: Path) -> int:
+    """--status: look, write nothing."""
+    statuses = look_at_tokens(ctx, config, path)
+    if ctx.args.json:
+        ctx.say(json.dumps(status_json(ctx, config, path, statuses), indent=2))
+    else:
+        say_summary(ctx, path, statuses)
+    return all_valid(statuses)
+
+
+def command_mode(ctx: Context, config: Config, path: Path) -> int:
+    """--mode: generate without asking."""
+    try:
+        named = parse_names(ctx.args.apis, config.names) if ctx.args.mode == "PARTIAL" else []
+    except ValueError as error:
+        raise TokenError(f"--apis: {error}", USAGE) from None
+    tell_strangers(ctx, read_tokens(path))
+    run = generate(ctx, config, "CLI", ctx.args.mode, named)
+    if ctx.args.json:
+        results = [{"apiName": name, "state": state, "message": "" if state == "DONE" else message}
+                   for name, (state, message) in run.progress.items()]
+        ctx.say(json.dumps({**status_json(ctx, config, path, run.statuses.values()), "results": results,
+                            "exitCode": run.exit_code}, indent=2))
+    else:
+        say_result(ctx, run)
+    return run.exit_code
+
+
+def command_menu(ctx: Context, config: Config, path: Path) -> int:
+    """No option: the summary, the operator's choice, the run; offers a visible browser for a CAPTCHA."""
+    statuses = look_at_tokens(ctx, config, path)
+    say_summary(ctx, path, statuses)
+    try:
+        choice = prompt_menu(ctx, config.names)
+    except EOFError:
+        choice = None
+        ctx.say("")
+    if choice is None:
+        ctx.say("Aborted, nothing changed.")
+        return all_valid(statuses)
+    hold = ""
+    if ctx.args.flow == "SELENIUM" and choose(*choice, statuses):
+        hold = current_hold(path, config, attended=True)
+    question = f"Logins are on hold: {hold}. Is it mended, and may the login go ahead?"
+    lifted = hold if hold and ctx.confirm(question) else ""
+    config = load_config(ctx, ctx.args.flow)
+    run = generate(ctx, config, "MENU", *choice, lifted=lifted)
+    ctx.say("")
+    say_result(ctx, run)
+    if run.captcha and not run.headed and has_display(ctx.environ) and ctx.confirm(
+            "Open a visible browser window and go on there?"):
+        left = [name for name, (state, _) in run.progress.items() if state != "DONE"]
+        again = generate(ctx, config, "MENU", "PARTIAL", left, headed=True)
+        again.mode, again.named = run.mode, run.named  # the exit code answers the operator's first question
+        run = again
+        say_result(ctx, run)
+    return run.exit_code
+
+
+def command_import_config(ctx: Context, config: Config, path: Path) -> int:
+    """--import-config: the apps of the environment into upstox_api_configs."""
+    create_database(ctx, path)
+    import_apps(path, config.apps, ctx.now())
+    ctx.say(f"Copied {', '.join(config.names)} into upstox_api_configs of {path.resolve()}. "
+            "Set UPSTOX_CONFIG_SOURCE=DB to use them.")
+    return OK
+
+
+def database_problem(ctx: Context, config: Config, path: Path) -> str:
+    """Whether the database takes a token, without leaving one there."""
+    try:
+        if path.exists():
+            if select(path, "SELECT 1 FROM sqlite_master WHERE name = 'upstox_tokens'"):
+                prove_writable(path, config.apps, ctx.now())
+            else:
+                with transaction(path) as connection:
+                    connection.rollback()
+            return ""
+    except DatabaseError as error:
+        return str(error)
+    folder = path.absolute().parent
+    return "" if os.access(folder, os.W_OK) else f"{folder} cannot be written. Name a file with --db."
+
+
+def browser_problems(ctx: Context, config: Config) -> tuple[str, str]:
+    """Whether a browser starts and opens a page; whether the login page, opened for the first app, is the
+    broker's own and shows a step that this program knows."""
+    app = config.apps[0]
+    run = Run(ctx, config, "CLI", "PARTIAL", [app.name], flow="SELENIUM", headed=ctx.args.headed)
+    with contextlib.closing(Browser([app.redirect_uri], ctx.args.headed, ctx.environ)) as browser:
+        try:
+            browser.open("about:blank")
+        except (LoginFailed, PageFault) as error:
+            return str(error), "not opened, for want of a browser"
+        login = Login(run, app, browser)
+        login.texts = {}  # nothing to type
+        try:
+            login.open(secrets.token_urlsafe(16))
+            login.decide()
+        except (LoginFailed, PageFault) as error:
+            return "", str(error)
+    return "", ""
+
+
+def command_check(ctx: Context, config: Config, path: Path) -> int:
+    """--check: is everything ready for a login? Reads only, spends no OTP."""
+    answers = ask_dialogs(ctx, config, config.apps)
+    silent = all(answer.error for answer, _ in answers)
+    browser, page = ("", "") if ctx.args.flow == "V3" else browser_problems(ctx, config)
+    hold = current_hold(path, config)
+    checks = {"configuration": "", "env file": "", "database": database_problem(ctx, config, path),
+              "browser": browser, "login page": page, "broker": explain(answers[0][0]) if silent else "",
+              "clock": "unknown, since the broker did not answer" if silent else clock_problem(answers),
+              "hold": f"logins are on hold: {hold}. Mend it, then go ahead from the menu" if hold else ""}
+    checks |= {app.name: "" if 300 <= answer.code < 400 else explain(answer)
+               for app, (answer, _) in zip(config.apps, answers)}
+    lines = (f"{name:<14}: {problem or 'ok'}" for name, problem in checks.items())
+    ctx.say(*(redact(line, config.secrets()) for line in lines))
+    return NOT_VALID if any(checks.values()) else OK
+
+
 # ---- The command line ----------------------------------------------------------------------------
 
-COMMANDS: dict[str, Callable[[Context], int]] = {
-    "status": command_status, "mode": command_mode, "serve": command_serve, "check": command_check,
-    "import_config": command_import_config, "menu": command_menu}
+# name: what does it, and its use of the configuration (a key of NEEDED); None: a login in the chosen flow
+COMMANDS: dict[str, tuple[Callable[[Context, Config, Path], int], str | None]] = {
+    "status": (command_status, "status"), "mode": (command_mode, None), "serve": (command_serve, "menu"),
+    "check": (command_check, None), "import_config": (command_import_config, "menu"),
+    "menu": (command_menu, "menu")}
 
 
 def wait_minutes(text: str) -> float:
@@ -3260,7 +3376,6 @@ def wait_minutes(text: str) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All options."""
     parser = argparse.ArgumentParser(
         prog="upstox_tokens.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Keep the Upstox access tokens of one account alive in vega_trade.db.\n"
@@ -3334,12 +3449,16 @@ def main(argv: Sequence[str] | None = None, *, out: TextIO | None = None, err: T
         args = parse_arguments(argv, environ)
     except SystemExit as stop:  # argparse has said what is wrong
         return stop.code if isinstance(stop.code, int) else USAGE
-    ctx = Context(args, environ, now, sleep, out or open_stream(sys.stdout), err or open_stream(sys.stderr), ask)
+    out, err = out or open_stream(sys.stdout), err or open_stream(sys.stderr)
+    ctx = Context(args, environ, now, sleep, out, err, ask)
     os.umask(0o077)  # whatever is created may hold tokens
     try:
         with ctx.signals_handled():
-            code = COMMANDS[args.command](ctx)
-            ctx.release(code)
+            command, use = COMMANDS[args.command]
+            code = command(ctx, load_config(ctx, use or args.flow), find_database(args.db))
+            lines, ctx.kept = ctx.kept, None
+            if lines and code != OK:
+                ctx.say(*lines)
             return code
     except TokenError as error:
         for line in str(error).splitlines():
