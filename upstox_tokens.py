@@ -104,7 +104,7 @@ READ_SECONDS, PROOF_SECONDS, STORE_SECONDS = 10, 30, 60  # patience with a locke
 PAGE_SECONDS, OUTCOME_SECONDS = 30, 60  # for a page to show a step, for the broker to judge an entry
 CAPTCHA_SECONDS, CAPTCHA_HEADED_SECONDS = 15, 300
 KEYS_SECONDS = 5  # for a field to show what was typed
-SETTLE_SECONDS = 0.8  # whether the PIN's page submits by itself, before its button is pressed the first time
+SETTLE_SECONDS = 0.5  # whether the PIN's page submits by itself, before its button is pressed the first time
 DRIVER_SECONDS = 60  # for chromedriver to start, and to answer a command
 SHARED_SECONDS = 5  # a check younger than this answers the HTTP API again
 PROOFS_AT_ONCE = 8  # deliveries being proven side by side; the others wait their turn
@@ -2937,6 +2937,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.worker: threading.Thread | None = None
         self.stored = 0  # deliveries tried
         self.checking, self.proving = threading.Lock(), threading.Semaphore(PROOFS_AT_ONCE)
+        self.delivered, self.deliveries = threading.Condition(), 0  # taken in and not settled
         self.checked: tuple[float, Any, Any] = (0.0, None, None)  # when, what was known, the result
         self.host, port = serve_address(address, config)
         self.address_family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
@@ -2970,6 +2971,18 @@ class Server(http.server.ThreadingHTTPServer):
         except Exception as error:  # a bug: its text may hold anything
             self.tell(f"internal error: {type(error).__name__}")
 
+    @contextlib.contextmanager
+    def one_more_delivery(self) -> Iterator[None]:
+        """The program does not end before what was answered with 200 is settled."""
+        with self.delivered:
+            self.deliveries += 1
+        try:
+            yield
+        finally:
+            with self.delivered:
+                self.deliveries -= 1
+                self.delivered.notify_all()
+
     def deliver(self, body: bytes) -> None:
         """Prove and store what was delivered, in a few tries over minutes; tell the operator in one line."""
         config = self.latest_config()
@@ -2980,7 +2993,7 @@ class Server(http.server.ThreadingHTTPServer):
             return self.tell(f"{app.name}: a delivery was not stored: {delivery}")
         line = "a delivery was not stored: the program was stopped"
         for pause in (0, 1, 2, 4, 8, 15, 30, 60, 120, 240):
-            if self.ctx.stopping.wait(pause):
+            if pause and self.ctx.stopping.wait(pause):
                 break
             settled, line = self.try_delivery(config, app, delivery)
             if settled:
@@ -3006,9 +3019,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.ctx.stopping.set()
         if self.worker:
             self.worker.join()
-        end = time.monotonic() + PROFILE_SECONDS + STORE_SECONDS
-        for _ in range(PROOFS_AT_ONCE):
-            self.proving.acquire(timeout=max(0.0, end - time.monotonic()))
+        with self.delivered:
+            self.delivered.wait_for(lambda: not self.deliveries, PROFILE_SECONDS + STORE_SECONDS)
 
     def latest_config(self) -> Config:
         """The configuration for deliveries, read anew; the last good one while the file is being edited."""
@@ -3069,10 +3081,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A delivery: answered at once and alike whatever it is, then looked at in this thread."""
         self.need_method("POST")
         body = self.read_body()
-        self.answer(200, {"status": "ok"}, {})
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-        self.server.deliver(body)
+        with self.server.one_more_delivery():
+            self.answer(200, {"status": "ok"}, {})
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_WR)
+            self.server.deliver(body)
 
     def need_method(self, method: str) -> None:
         if self.command != method and (self.command, method) != ("HEAD", "GET"):
