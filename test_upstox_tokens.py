@@ -5634,6 +5634,7 @@ class PaperBrowser:
         for key in keys:
             if self.loses and len(self.value) == length - 1:
                 self.loses = False
+                self.books.pin_sent |= step == "pin"  # it counts as sent, so arrival takes it
                 continue
             self.value += key
             if len(self.value) == length:

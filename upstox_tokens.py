@@ -27,18 +27,30 @@ The map: where the guide's parts are
     8 Selenium login, persist        log_in, next_move; exchange_and_store; generate_by_phone (flow V3)
     9 dashboard, 10 safety           PAGE; hold_reason, Login.note_sent, is_brokers
 
+A run, in order: generate, begin, finish, generate_by_browser, and for each app generate_one: log_in,
+exchange_and_store, verify_new.
+"The guide", "contract" and "facts/..." in the comments name documents of the project.
+
 Where your secrets go
-    PIN             Login -> Browser.type, into the broker's page only (next_move, is_brokers); noted by
-                    Login.note_sent as an HMAC under the TOTP secret (credentials_of), never its value
+    PIN             Login -> Browser.type -> chromedriver on 127.0.0.1 -> the broker's page only (next_move,
+                    is_brokers; pages of this machine when UPSTOX_BASE_URL is here). Noted as sent before its
+                    last digit (Login.note_sent -> Run.note): as an HMAC under the TOTP secret (credentials_of),
+                    never its value. Config.secrets, so that no text can hold it
     TOTP secret     Login.make_code (the code goes the PIN's way), credentials_of (as the HMAC's key)
-    mobile number   as the PIN
+    mobile number   the way of the PIN, but not noted; part of the same HMAC
     client secret   exchange_code, request_approval, to UPSTOX_BASE_URL only (send); the database (token_row,
                     import_apps), where the Java back end wants it
-    access token    exchange_and_store or take_delivery -> upsert_token; ask_profiles, to UPSTOX_BASE_URL only
+    access token    exchange_and_store or take_delivery -> upsert_token; ask_profiles, to UPSTOX_BASE_URL only;
+                    access_token() returns it to Python programs
+    serve key       Handler.check_key; the dashboard keeps it in its browser tab
+
+Hosts: UPSTOX_BASE_URL; in the browser upstox.com and what its pages load; chromedriver on 127.0.0.1; what
+Selenium Manager downloads from when there is no chromedriver on PATH. The redirect URI's host is never asked.
 
 It reads the environment, an env file (see env.sample) and the tables upstox_tokens, upstox_api_configs and
 upstox_token_audit. It writes upstox_tokens and upstox_token_audit, which is also its memory of codes and PINs
-sent, upstox_api_configs on demand, and DATABASE.upstox-lock, an empty file to lock.
+sent, of approvals asked for and of the account; upstox_api_configs on demand; the database when it is missing;
+DATABASE.upstox-lock, an empty file to lock; a browser profile that is deleted; the pictures of --debug-dir.
 """
 from __future__ import annotations
 
@@ -91,11 +103,11 @@ SERVE_ADDRESS = "127.0.0.1:28021"
 IST = timezone(timedelta(hours=5, minutes=30))  # Indian time has no daylight saving
 
 OK, NOT_VALID, USAGE, OPERATOR, BUSY = range(5)  # exit codes
-# how far the failure of one login reaches: to the next app, to the end of the run, to a person (exit 3),
-# or to a hold: no unattended login any more
+# how far the failure of one login reaches: this app only, the rest of the run, until a person acts (exit 3),
+# or a hold: no unattended login any more
 THIS_APP, THIS_RUN, A_PERSON, A_HOLD = range(4)
 
-PROFILE_SECONDS = 10  # overall deadline of one round of profile calls
+PROFILE_SECONDS = 10  # overall deadline of one round of calls side by side
 EXCHANGE_SECONDS = 30  # the code is spent once it was sent, so patience pays
 BODY_LIMIT = 1 << 20
 CLOCK_SECONDS = 20  # the codes of a clock further off are refused
@@ -104,7 +116,7 @@ READ_SECONDS, PROOF_SECONDS, STORE_SECONDS = 10, 30, 60  # patience with a locke
 PAGE_SECONDS, OUTCOME_SECONDS = 30, 60  # for a page to show a step, for the broker to judge an entry
 CAPTCHA_SECONDS, CAPTCHA_HEADED_SECONDS = 15, 300
 KEYS_SECONDS = 5  # for a field to show what was typed
-SETTLE_SECONDS = 0.5  # whether the PIN's page submits by itself, before its button is pressed the first time
+SETTLE_SECONDS = 0.5  # to watch whether the PIN's page submits by itself, before its first press
 DRIVER_SECONDS = 60  # for chromedriver to start, and to answer a command
 SHARED_SECONDS = 5  # a check younger than this answers the HTTP API again
 PROOFS_AT_ONCE = 8  # deliveries being proven side by side; the others wait their turn
@@ -263,7 +275,7 @@ class Context:
     """Options, environment, clock, terminal and signals of one call of the program; made once, in main.
 
     `now` and `sleep` are the wall clock of tokens and TOTP codes in seconds. Results go to `out`, progress to
-    `err`; with -q nothing is printed before the exit code is known (`kept`).
+    `err`; with -q the result is `kept`, and shown only when the exit code is not 0.
     """
 
     def __init__(self, args: argparse.Namespace, environ: Mapping[str, str], now: Callable[[], float],
@@ -320,7 +332,8 @@ class Context:
             return False
 
     def stop(self, signum: int, _frame: object) -> None:
-        """The first Ctrl-C or SIGTERM ends the program; later ones must not disturb the cleaning."""
+        """The first Ctrl-C or SIGTERM ends the program, inside finish_first when that is done; later ones must
+        not disturb the cleaning."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.signal = signum
@@ -755,7 +768,7 @@ def transaction(path: Path, seconds: float | None = None) -> Iterator[sqlite3.Co
 
 
 def select(path: Path, query: str, values: Sequence[Any] = (), mode: str = "ro") -> list[tuple]:
-    """Rows of a query without writing anything; none when the file or the table is missing."""
+    """Rows of a query, changing none; nothing when the file or the table is missing."""
     try:
         if not path.exists():
             return []
@@ -1065,7 +1078,8 @@ class Status(NamedTuple):
 
 
 def is_time_valid(token: Token, now: float) -> bool:
-    """Layer 1 of the guide's 5: before validity_at, and before the first 03:30 IST after created_at."""
+    """Layer 1 of the guide's 5: before validity_at, which must be readable, and before the first 03:30 IST
+    after created_at, if that is readable."""
     young = token.created is None or now < cutoff_after(token.created)
     return young and token.valid_until is not None and now < token.valid_until
 
@@ -1216,7 +1230,7 @@ def totp_wait(now: float, sent: Iterable[int]) -> float:
     return window * TOTP_WINDOW - now
 
 
-# ---- The browser: a Chromium of our own, and nothing about how to log in -------------------------
+# ---- The browser: a Chromium of our own, what it sees and types; no decision ---------------------
 
 # one look: the address, the visible fields and buttons of the steps, what else is there, the text; the page
 # is asked to count how often each form was submitted, which may pass between two looks
@@ -1544,7 +1558,7 @@ class Browser:
             keeper.stdout.close()
 
 
-# ---- The login page: one look, one decision, one act ---------------------------------------------
+# ---- The login page: what it shows, and what to do about it --------------------------------------
 
 ENTRY = {"mobile": "mobile number", "otp": "TOTP code", "pin": "PIN"}
 EVENTS = {"otp": "CODE", "pin": "PIN"}  # what the audit rows call them
@@ -1703,7 +1717,8 @@ def await_judgement(view: View, login: Login, waited: float) -> Move:
     if waited < OUTCOME_SECONDS:
         return "wait", ""
     words = f'it said: "{login.said}"' if login.said else "it said nothing"
-    text = f"within {OUTCOME_SECONDS} s after the {ENTRY[step]} was sent the login page did not go on ({words})."
+    text = (f"within {OUTCOME_SECONDS} s after the {ENTRY[step]} was sent the login page did not go on "
+            f"({words}).")
     # what is said of the mobile number holds for all apps, and each would ask for an OTP
     raise no_progress(step, text, THIS_RUN if step == "mobile" and login.said else THIS_APP)
 
@@ -1716,16 +1731,17 @@ def step_is_over(view: View, login: Login, waited: float) -> bool:
     """
     if view.blank or toast(news(view, login.before))[1]:
         return False
-    if view.step not in ("", login.sent) or known_page(view):
+    if view.step not in ("", login.sent):
         return True
-    return STEPS[login.sent][0] not in view.items and waited >= PAGE_SECONDS
+    gone = STEPS[login.sent][0] not in view.items
+    return gone and bool(known_page(view) or waited >= PAGE_SECONDS)
 
 
 def next_move(view: View, login: Login, waited: float) -> Move:
     """What to do about what the page shows: the whole decision of a login. It only reads `login`.
 
-    `waited`: seconds since the last progress. What ends the login is raised. A foreign host comes before
-    anything else, then what the page says; an entry that was sent is never typed again.
+    `waited`: seconds since the last progress. What ends the login is raised. The redirect comes first, then a
+    foreign host, then what the page says; an entry that was sent is never typed again.
     """
     if same_place(view.url, login.redirect_uri):
         return "arrived", view.url
@@ -1760,7 +1776,7 @@ def next_move(view: View, login: Login, waited: float) -> Move:
 class Run:
     """One generating run: what it was asked for, how each app fares, how it ended.
 
-    The command line, the menu, the HTTP API and the phone flow make it and read it. `progress` holds, for
+    The command line, the menu, --check and the HTTP API make it; both flows work on it. `progress` holds, for
     each app it generates for, (PENDING, RUNNING, DONE, FAILED or SKIPPED; the last words about it).
     """
 
@@ -2017,7 +2033,7 @@ class Login:
         self.wait_anew()
 
     def finish_entry(self, view: View, step: str) -> None:
-        """Type the last digit, which makes the entry whole: by then it is on disk as sent."""
+        """Type the last digit, which makes the entry whole: a code or PIN is on disk as sent by then."""
         if step in EVENTS and not self.note_sent(step):
             return
         self.sent, self.pressed, self.submits = step, False, view.field(step)["submits"]
@@ -2026,9 +2042,12 @@ class Login:
             self.wait_anew()
             self.say(f"{ENTRY[step]} sent")
             return
-        self.sent = ""  # the field had gone
-        if step in EVENTS:
-            self.run.note(self.app.name, f"{EVENTS[step]}_NOT_SENT")
+        # the field went before the digit; only one that is there again, and short, proves that nothing was sent
+        field = self.browser.look().items.get(STEPS[step][0], {})
+        if step == "mobile" or field.get("value") == self.texts[step][:-1]:
+            self.sent = ""
+            if step in EVENTS:
+                self.run.note(self.app.name, f"{EVENTS[step]}_NOT_SENT")
 
     def note_sent(self, step: str) -> bool:
         """Put a code or PIN on disk as sent, or it is not sent; False when a code's time is over."""
@@ -2153,7 +2172,7 @@ def approval_end(run: Run, app: App, answer: Answer) -> float:
 
 
 def amend_request(run: Run, app: App, deadline: int) -> None:
-    """Until when (epoch ms) the broker lets a noted request be approved; 0 when it refused."""
+    """Note until when (epoch ms) a request may be approved; 0 when the broker refused it."""
     try:
         with transaction(run.path) as connection:
             connection.execute("UPDATE upstox_token_audit SET number = ? WHERE run_id = ? AND api_name = ? "
@@ -2307,7 +2326,10 @@ def choose(mode: str, named: Sequence[str], statuses: Iterable[Status]) -> list[
 
 
 def begin(run: Run) -> None:
-    """Take the lock, read the statuses again, prove that the database takes the tokens; or TokenError."""
+    """Take the lock, read the statuses under it, choose the apps; or TokenError.
+
+    If there are any: prove that the database takes their tokens, and mark the tokens that got a 401.
+    """
     run.lock = lock_database(run.path)
     try:
         now = run.ctx.now()
@@ -2341,7 +2363,7 @@ def standing_hold(run: Run) -> str:
 def end_of_login(run: Run, app: App, failure: TokenError, reach: int) -> str:
     """Note and tell why an app got no token; what forbids the next app, or an empty text."""
     if reach == A_HOLD:
-        run.note(app.name, "HOLD", f"{failure} ({local_text(run.ctx.now())})")
+        run.note(app.name, "HOLD", f"{str(failure).rstrip('.')} ({local_text(run.ctx.now())})")
     run.settle(app.name, "FAILED", str(failure))
     try:
         held = bool(run.hold())
@@ -2363,9 +2385,11 @@ def generate_one(run: Run, app: App, browser: Browser) -> str:
         return end_of_login(run, app, failure, failure.reach)
     except DatabaseError as error:  # nothing can be looked up or noted, so nothing more is sent
         return end_of_login(run, app, error, THIS_RUN)
-    except Stopped:
+    except Stopped as stop:
         if run.progress[app.name][0] != "DONE":
-            run.settle(app.name, "FAILED", "the program was stopped in the middle of this login")
+            failed = isinstance(stop.__context__, LoginFailed)  # while the signal had to wait
+            text = str(stop.__context__) if failed else "the program was stopped in the middle of this login"
+            run.settle(app.name, "FAILED", text)
         raise
 
 
@@ -3055,7 +3079,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = respond
 
     def dispatch(self, path: str) -> Reply | None:
-        """Webhook first: the broker sends neither our key nor a host name of ours. None: it is answered."""
+        """The webhook before all checks: the broker sends neither our key nor a host name of ours.
+
+        None: it is answered.
+        """
         server = self.server
         found = next(((method, route, match.groups()) for method, pattern, route in ROUTES
                       if (match := re.fullmatch(pattern, path)) and not server.webhook_only), None)
@@ -3355,7 +3382,7 @@ def browser_problems(ctx: Context, config: Config) -> tuple[str, str]:
 
 
 def command_check(ctx: Context, config: Config, path: Path) -> int:
-    """--check: is everything ready for a login? Reads only, spends no OTP."""
+    """--check: is everything ready for a login? Leaves nothing in the database, spends no OTP."""
     answers = ask_dialogs(ctx, config, config.apps)
     silent = all(answer.error for answer, _ in answers)
     browser, page = ("", "") if ctx.args.flow == "V3" else browser_problems(ctx, config)
@@ -3491,4 +3518,4 @@ if __name__ == "__main__":
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code)  # everything is closed; tidying up memory that ends anyway would take 10 ms more
+    os._exit(code)  # tidying up memory that ends anyway would take 10 ms more
