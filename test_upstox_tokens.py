@@ -92,9 +92,7 @@ import tempfile
 import threading
 import time
 import unittest
-import urllib.error
-import urllib.parse
-import urllib.request
+
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -6646,12 +6644,16 @@ def run_class(name: str) -> int:
     return int(bool(bad))
 
 
+LONGEST = ("PinTest", "StopTest", "StrangePageTest", "PrivacyTest")  # begun first, so that none is last
+
+
 def run_all(slow_rows: bool = False) -> int:
     """Every test class in a process of its own, several at once; those with a browser first."""
     cases = unittest.defaultTestLoader.loadTestsFromModule(sys.modules["__main__"])
     classes = {type(test) for suite in cases for test in suite}
     names = [kind.__name__ for kind in sorted(
         classes, key=lambda kind: (not issubclass(kind, BrowserCase), kind.__name__))]
+    names.sort(key=lambda name: name not in LONGEST)
     environ = os.environ | ({"TEST_SLOW": "1"} if slow_rows else {})
     seconds, counts, begun = {}, collections.Counter(), time.monotonic()
 

@@ -1679,7 +1679,7 @@ def enter(view: View, login: Login, waited: float) -> Move:
         return "captcha", ""  # --check types nothing, so the button cannot tell whether it is in the way
     if step not in login.texts:
         return "code", step
-    if step not in login.typed:
+    if step != login.typed:
         return ("clear" if field["value"] else "type"), step
     if field["value"] == login.texts[step][:-1]:
         return "finish", step
@@ -1908,10 +1908,11 @@ class Login:
         self.run, self.app, self.browser, config = run, app, browser, run.config
         self.redirect_uri, self.local = app.redirect_uri, is_brokers(config.base_url, local=True)
         self.texts = {"mobile": config.mobile, "pin": config.pin}  # a TOTP code is made when asked for
-        self.typed: set[str] = set()  # steps whose first digits were typed
+        self.typed = ""  # the step whose first digits were typed
         self.touched = False  # something was typed: no second try with a fresh browser
         self.done: list[str] = []  # steps that were taken
         self.sent = ""  # the step whose whole text was typed and which is being judged
+        self.whole = False  # its last digit was typed for certain
         self.pressed, self.submits = False, 0  # its button; the submits of its form before
         self.before: str | None = None  # the page's text before that
         self.said = ""  # the newest line of the page since then
@@ -1929,8 +1930,8 @@ class Login:
         while verb != "arrived":
             self.act(view, verb, detail)
             view, verb, detail = self.decide()
-        if self.sent in EVENTS:
-            self.run.note(self.app.name, f"{EVENTS[self.sent]}_TAKEN")
+        if self.sent in EVENTS:  # arrival proves nothing of a PIN whose last digit may never have gone out
+            self.run.note(self.app.name, f"{EVENTS[self.sent]}_{'TAKEN' if self.whole else 'NOT_SENT'}")
         return authorization_code(detail, state)
 
     def open(self, state: str) -> None:
@@ -1980,7 +1981,7 @@ class Login:
         elif verb == "type":
             self.touched = True
             if self.browser.type(view, detail, self.texts[detail][:-1]):
-                self.typed.add(detail)
+                self.typed = detail
                 self.wait_anew()
         elif verb == "finish":
             self.finish_entry(view, detail)
@@ -2038,7 +2039,8 @@ class Login:
             return
         self.sent, self.pressed, self.submits = step, False, view.field(step)["submits"]
         self.before, self.said = view.text, ""
-        if self.browser.type(view, step, self.texts[step][-1]):
+        self.whole = self.browser.type(view, step, self.texts[step][-1])
+        if self.whole:
             self.wait_anew()
             self.say(f"{ENTRY[step]} sent")
             return
@@ -2079,7 +2081,7 @@ class Login:
     def drop_code(self) -> None:
         """Another TOTP code has to be made and typed."""
         del self.texts["otp"]
-        self.typed.discard("otp")
+        self.typed = ""
 
 
 def log_in(run: Run, app: App, browser: Browser, again: bool = True) -> str:
