@@ -2883,7 +2883,7 @@ def get_status(server: Server, request: Handler) -> Reply:
     arrived = time.monotonic()
     with server.checking:
         at, known, result = server.checked
-        now_known = server.stored, [run.run_id for run in server.jobs.values() if run.ended]
+        now_known = server.tries, [run.run_id for run in server.jobs.values() if run.ended]
         fresh = time.monotonic() - at < SHARED_SECONDS and known == now_known and isinstance(result, dict)
         if not fresh and at < arrived:
             try:
@@ -2961,7 +2961,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.hidden = config.secrets()  # a client may send one as its path
         self.jobs: dict[str, Run] = {}
         self.worker: threading.Thread | None = None
-        self.stored = 0  # deliveries tried
+        self.tries = 0  # to store a delivery
         self.checking, self.proving = threading.Lock(), threading.Semaphore(PROOFS_AT_ONCE)
         self.delivered, self.deliveries = threading.Condition(), 0  # taken in and not settled
         self.checked: tuple[float, Any, Any] = (0.0, None, None)  # when, what was known, the result
@@ -3011,7 +3011,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def deliver(self, body: bytes) -> None:
         """Prove and store what was delivered, in a few tries over minutes; tell the operator in one line."""
-        config = self.latest_config()
+        config = self.config  # read anew when the request came in
         app, delivery = parse_delivery(body, config, self.ctx.now())
         if app is None:
             return None  # a stranger's
@@ -3036,7 +3036,7 @@ class Server(http.server.ThreadingHTTPServer):
             except DatabaseError as error:
                 return False, f"a delivered token cannot be stored yet. {error}"
             finally:
-                self.stored += 1
+                self.tries += 1
         line = f"a delivery was not stored: {problem}" if problem else "approved on the phone, token stored"
         return settled, line
 
