@@ -5701,12 +5701,13 @@ class Story:
         argv = ["--mode", "ALL", *(str(part) for pair in options.items() for part in pair)]
         ctx = upstox_tokens.Context(upstox_tokens.parse_arguments(argv, {}), {}, self.world.now,
                                     self.world.sleep, said, said, input)
+        ctx.path = self.world.db
         config = upstox_tokens.load_config(ctx, "SELENIUM")._replace(**self.books.texts)
         lifted = ""
         if source == "MENU" and self.dice.random() < 0.7:
             lifted = upstox_tokens.current_hold(self.world.db, config, attended=True)
         run = upstox_tokens.Run(ctx, config, source, "ALL", flow="SELENIUM", lifted=lifted)
-        upstox_tokens.begin(run)
+        upstox_tokens.prepare(run)
         if self.place == "upstox.com":
             run.config = config._replace(base_url="https://api.upstox.com")
         self.books.run(source, lifted)
@@ -6164,6 +6165,7 @@ class Fuzz:
         args = upstox_tokens.parse_arguments(["--status", "--db", str(self.path)], {})
         self.ctx = upstox_tokens.Context(args, self.settings, time.time, time.sleep, io.StringIO(),
                                          io.StringIO(), input)
+        self.ctx.path = self.path
         self.config = upstox_tokens.load_config(self.ctx, "menu")
         self.columns = re.findall(r'(?m)^ +"(\w+)"', TOKENS_DDL)[1:]
         with self.database() as database:
@@ -6206,7 +6208,7 @@ class Fuzz:
             verdict = upstox_tokens.judge_stored(token, APPS["PRIMARY"][0], time.time())
             assert verdict is None or verdict[0] in ("INVALID", "EXPIRED", "NOT FOUND"), verdict
             statuses.append(upstox_tokens.Status(name, *(verdict or ("VALID", "")), token))
-        shown = upstox_tokens.status_json(self.ctx, self.config, self.path, statuses)
+        shown = upstox_tokens.status_json(self.ctx, self.config, statuses)
         assert len(shown["tokens"]) == len(statuses) and json.dumps(shown)
         assert "\n".join(upstox_tokens.summary_lines(statuses))
         with contextlib.suppress(upstox_tokens.TokenError):

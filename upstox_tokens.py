@@ -25,10 +25,10 @@ The map: where the guide's parts are
     6 classification                 classify_tokens, judge_stored
     7.1 summary and menu, 7.2 REST   summary_lines, prompt_menu; ROUTES, status_json, job_json
     8 Selenium login, persist        log_in, next_move; exchange_and_store; generate_by_phone (flow V3)
-    9 dashboard, 10 safety           PAGE; hold_reason, Login.note_sent, is_brokers
+    9 dashboard, 10 safety           PAGE; current_hold, Login.note_sent, is_brokers
 
-A run, in order: generate, begin, finish, generate_by_browser, and for each app generate_one: log_in,
-exchange_and_store, verify_new.
+A run, in order: generate, prepare, generate_chosen, generate_by_browser, and for each app generate_one:
+log_in, exchange_and_store, verify_new.
 "The guide", "contract" and "facts/..." in the comments name documents of the project.
 
 Where your secrets go
@@ -282,6 +282,7 @@ class Context:
                  sleep: Callable[[float], None], out: TextIO, err: TextIO, ask: Callable[[str], str]) -> None:
         self.args, self.environ, self.now, self.sleep = args, environ, now, sleep
         self.out, self.err, self.ask = out, err, ask
+        self.path = Path()  # of the database, once main has found it
         self.kept: list[str] | None = [] if args.quiet and args.command != "menu" else None
         self.counting = ""  # the countdown that stands on the terminal
         self.signal, self.holding = 0, False
@@ -507,22 +508,24 @@ def on_this_machine(host: str | None) -> bool:
     return bool(re.fullmatch(rf"127(\.{OCTET}){{3}}|::1|localhost", host or ""))
 
 
-def is_brokers(url: str, local: bool) -> bool:
-    """Whether an address is the broker's own: https on upstox.com or a name under it.
-
-    `local`: UPSTOX_BASE_URL is on this machine (a rehearsal); then only pages of this machine are.
-    """
+def is_local(url: str) -> bool:
+    """Whether an address is on this machine."""
     parts = web_address(url)
-    if parts is None or local:
-        return parts is not None and on_this_machine(parts.hostname)
-    return parts.scheme == "https" and bool(re.fullmatch(r"([a-z0-9-]+\.)*upstox\.com", parts.hostname or ""))
+    return parts is not None and on_this_machine(parts.hostname)
+
+
+def is_brokers(url: str) -> bool:
+    """Whether an address is the broker's own: https on upstox.com or a name under it."""
+    parts = web_address(url)
+    return (parts is not None and parts.scheme == "https"
+            and bool(re.fullmatch(r"([a-z0-9-]+\.)*upstox\.com", parts.hostname or "")))
 
 
 def is_base_url(value: str) -> bool:
     """Tokens and client secrets are sent there: the broker, or this machine."""
     parts = web_address(value)
     bare = parts is not None and not parts.path.strip("/") and not re.search("[?#@]", value)
-    return bare and (is_brokers(value, local=False) or is_brokers(value, local=True))
+    return bare and (is_brokers(value) or is_local(value))
 
 
 def are_origins(value: str) -> bool:
@@ -642,7 +645,7 @@ def load_config(ctx: Context, use: str) -> Config:
     """Read and check the configuration for a use (a key of NEEDED); all problems as one TokenError."""
     settings, problems = read_settings(ctx)
     if settings.get("UPSTOX_CONFIG_SOURCE") == "DB" and not ctx.args.import_config:
-        apps, numbers = stored_apps(find_database(ctx.args.db))
+        apps, numbers = stored_apps(ctx.path)
         label = "upstox_api_configs, api_index {1}, {0}"
     else:
         apps = env_apps(settings)
@@ -768,14 +771,15 @@ def transaction(path: Path, seconds: float | None = None) -> Iterator[sqlite3.Co
 
 
 def select(path: Path, query: str, values: Sequence[Any] = (), mode: str = "ro") -> list[tuple]:
-    """Rows of a query, changing none; nothing when the file or the table is missing."""
+    """Rows of a query, changing none; nothing when the file or the table is missing, or when an older audit
+    table lacks a column of the program's memory."""
     try:
         if not path.exists():
             return []
         with contextlib.closing(connect(path, mode, READ_SECONDS)) as connection:
             return connection.execute(query, values).fetchall()
     except sqlite3.Error as error:
-        if "no such table" in str(error):
+        if re.search(f"no such (table|column: ({'|'.join(AUDIT_MEMORY)}))", str(error)):
             return []
         # what a killed writer left must be rolled back before anyone can read: that takes rw
         if mode == "ro" and re.search("readonly|unable to open", str(error)):
@@ -800,8 +804,9 @@ def find_database(db: str | os.PathLike | None) -> Path:
     return path
 
 
-def create_database(ctx: Context, path: Path) -> None:
+def create_database(ctx: Context) -> None:
     """Make the file (mode 0600, told in a line) and the guide's table where they are missing."""
+    path = ctx.path
     try:
         if not path.exists():
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -877,11 +882,39 @@ def add_event(connection: sqlite3.Connection, event: Mapping[str, Any]) -> None:
 
 
 def read_events(path: Path, columns: str, where: str, *values: Any) -> list[tuple]:
-    """Rows of the audit table in their order; none where an older table lacks what is asked for."""
-    known = {row[1] for row in select(path, "PRAGMA table_info(upstox_token_audit)")}
-    if any(name in f"{columns} {where}" and name not in known for name in AUDIT_MEMORY):
-        return []
+    """Rows of the audit table in their order."""
     return select(path, f"SELECT {columns} FROM upstox_token_audit WHERE {where} ORDER BY id", values)
+
+
+def last_attempts(path: Path) -> dict[str, dict[str, Any]]:
+    """How the newest run for each app ended, whoever ran it: a cron run of the night, too."""
+    newest = ("id IN (SELECT max(id) FROM upstox_token_audit WHERE outcome IN ('GENERATED', 'FAILED') "
+              "GROUP BY api_name)")
+    return {name: {"at": local_text(at / 1000), "source": source, "outcome": outcome, "reason": reason}
+            for name, at, source, outcome, reason
+            in read_events(path, "api_name, at, source, outcome, reason", newest)}
+
+
+def amend_request(path: Path, run_id: str, name: str, deadline: int) -> None:
+    """Note until when (epoch ms) an app's approval may come; 0 when the broker refused the request."""
+    with transaction(path) as connection:
+        connection.execute("UPDATE upstox_token_audit SET number = ? WHERE run_id = ? AND api_name = ? "
+                           "AND outcome = 'REQUESTED'", (deadline, run_id, name))
+
+
+def why_unexpected(connection: sqlite3.Connection, name: str, token: str, now: float) -> str:
+    """Why a delivery for this app is not expected; empty while a request of ours is outstanding."""
+    if connection.execute("SELECT 1 FROM upstox_tokens WHERE api_name = ? AND access_token = ?",
+                          (name, token)).fetchone():
+        return "it is stored already"
+    newest = ("SELECT coalesce(max(id), 0) FROM upstox_token_audit WHERE api_name = :name AND flow = 'V3' "
+              "AND outcome = 'GENERATED'")
+    [deadline] = connection.execute(
+        "SELECT max(number) FROM upstox_token_audit WHERE api_name = :name AND flow = 'V3' AND "
+        f"outcome = 'REQUESTED' AND id > ({newest})", {"name": name}).fetchone()
+    if not deadline:
+        return "nothing was asked for"
+    return "" if now * 1000 < deadline else "the time to approve it is over"
 
 
 def import_apps(path: Path, apps: Iterable[App], now: float) -> None:
@@ -1171,19 +1204,15 @@ def credentials_of(config: Config) -> str:
     return hmac.new(config.totp.encode(), who, hashlib.sha256).hexdigest() if config.totp else ""
 
 
-# codes and PINs sent and not taken, whether the PIN was ever accepted, a hold
-Memory = tuple[int, int, bool, str]
+def current_hold(path: Path, config: Config, attended: bool = False) -> str:
+    """Why no login may be tried without an operator's word, or an empty text (contract 7).
 
-
-def recall(path: Path, credentials: str) -> Memory:
-    """What became of these credentials so far, from their audit rows and nothing else.
-
-    Only what follows clears a secret that was sent: the next step for a code, arrival for the PIN, or that
-    its field never held the whole value (NOT_SENT). An operator's HOLD_LIFTED clears all; then the PIN has
-    to prove itself again.
+    The audit rows of these credentials tell, and nothing else. Only what follows clears a secret that was
+    sent: the next step for a code, arrival for the PIN, or that its field never held the whole value
+    (NOT_SENT). An operator's HOLD_LIFTED clears all; then the PIN has to prove itself again.
     """
-    codes, pins, proven, hold = 0, 0, False, ""
-    for outcome, reason in read_events(path, "outcome, reason", "credentials = ?", credentials):
+    codes, pins, proven, hold = 0, 0, False, ""  # codes and PINs: sent and not taken
+    for outcome, reason in read_events(path, "outcome, reason", "credentials = ?", credentials_of(config)):
         if outcome == "HOLD_LIFTED":
             codes, pins, proven, hold = 0, 0, False, ""
         elif outcome == "HOLD":
@@ -1194,29 +1223,14 @@ def recall(path: Path, credentials: str) -> Memory:
             codes = 0
         codes += {"CODE_SENT": 1, "CODE_NOT_SENT": -1}.get(outcome, 0)
         pins += {"PIN_SENT": 1, "PIN_NOT_SENT": -1}.get(outcome, 0)
-    return codes, pins, proven, hold
-
-
-def hold_reason(memory: Memory, attended: bool) -> str:
-    """Why no login may be tried without an operator's word, or an empty text (contract 7).
-
-    The broker locks an account after five wrong PINs, and nobody knows how it words one: so a PIN that did
-    not lead to a login counts, whatever was answered. One that was accepted before has one more try, or a
-    lost session would cost the morning; an operator who is there is asked at once.
-    """
-    codes, pins, proven, hold = memory
-    if hold:
-        return hold
-    if codes >= 2:
-        return "the broker did not take the last two TOTP codes that were sent"
-    if pins >= (2 if proven and not attended else 1):
-        return "the last PIN that was sent did not lead to a login"
-    return ""
-
-
-def current_hold(path: Path, config: Config, attended: bool = False) -> str:
-    """The hold of the configured credentials, or an empty text."""
-    return hold_reason(recall(path, credentials_of(config)), attended)
+    if not hold and codes >= 2:
+        hold = "the broker did not take the last two TOTP codes that were sent"
+    # five wrong PINs lock the account, and nobody knows how the broker words one: so each counts that did not
+    # lead to a login, whatever was answered. One that was accepted before has one more try, or a lost session
+    # would cost the morning; an operator who is there is asked at once
+    if not hold and pins >= (2 if proven and not attended else 1):
+        hold = "the last PIN that was sent did not lead to a login"
+    return hold
 
 
 def totp_wait(now: float, sent: Iterable[int]) -> float:
@@ -1394,6 +1408,14 @@ def find_driver(environ: Mapping[str, str]) -> tuple[str, str]:
         os.environ.update(kept)  # its helper program was not to see our secrets
 
 
+def silence_selenium() -> None:
+    """Its debug log, and that of urllib3, would quote every key typed."""
+    import logging
+    os.environ.pop("SE_DEBUG", None)
+    for name in ("selenium", "selenium.webdriver.remote.remote_connection", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def driver_address(output: Any) -> str:
     """The address that a starting chromedriver announces, empty when it ends instead."""
     for line in output:
@@ -1415,14 +1437,11 @@ class Browser:
 
     def start(self) -> None:
         """Start driver and browser, or LoginFailed with what is missing."""
+        silence_selenium()
         driver_path, browser_path = find_driver(self.environ)
-        for _ in range(2):  # its random port may be taken on one of its two addresses: once more
-            profile = self.spawn(driver_path)
-            [address] = run_within(DRIVER_SECONDS, "", driver_address, [self.keeper.stdout])
-            if address:
-                break
-            self.close()
-        else:
+        profile = self.spawn(driver_path)
+        [address] = run_within(DRIVER_SECONDS, "", driver_address, [self.keeper.stdout])
+        if not address:  # its random port may be taken on one of its two addresses
             raise PageFault("chromedriver did not start")
         from selenium import webdriver
         from selenium.webdriver.common.proxy import Proxy, ProxyType
@@ -1449,10 +1468,6 @@ class Browser:
             [sys.executable, "-I", "-S", "-c", KEEPER, profile, driver_path, "--port=0"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0), env=self.child_environ(profile))
-        import logging
-        os.environ.pop("SE_DEBUG", None)
-        for name in ("selenium", "selenium.webdriver.remote.remote_connection", "urllib3"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # their debug log quotes every key typed
         return profile
 
     def options(self, profile: str, browser_path: str) -> Any:
@@ -1630,14 +1645,13 @@ def no_progress(step: str, text: str, reach: int = THIS_APP) -> LoginFailed:
 
 def judge_complaint(view: View, login: Login) -> Move | None:
     """What the page says against going on: raised, or the move `refused`; None when nothing can be read."""
-    lines = news(view, login.before)
-    message, code = toast(lines)
+    message, code = toast(login.news)
     said = f"{message} {code}".strip()
     if login.sent and not said and REFUSAL.search(login.said):
         said = login.said  # nobody knows how the broker words a refusal, nor whether it has a code
-    if login.old and login.old in view.text:
+    if login.old:
         return None
-    row = known_complaint(view, lines)
+    row = known_complaint(view, login.news)
     if login.sent == "pin" and (row or said):
         raise pin_failure(*(row or ("", THIS_RUN)), said)
     if row:
@@ -1673,7 +1687,7 @@ def enter(view: View, login: Login, waited: float) -> Move:
         raise LoginFailed(*SESSION_LOST)
     if waited > PAGE_SECONDS:
         raise unknown_page(view, f"Its field stayed disabled or filled ({step}). ")
-    if not field["enabled"] or login.old and login.old in view.text and waited < PAGE_SECONDS / 3:
+    if not field["enabled"] or (login.old and waited < PAGE_SECONDS / 3):
         return "wait", ""
     if view.captcha and not login.texts:
         return "captcha", ""  # --check types nothing, so the button cannot tell whether it is in the way
@@ -1729,7 +1743,7 @@ def step_is_over(view: View, login: Login, waited: float) -> bool:
     The next step or a known page proves it; a page that nobody knows only when patience with it ends, since
     it may be a word of the broker while it judges.
     """
-    if view.blank or toast(news(view, login.before))[1]:
+    if view.blank or toast(login.news)[1]:
         return False
     if view.step not in ("", login.sent):
         return True
@@ -1745,7 +1759,7 @@ def next_move(view: View, login: Login, waited: float) -> Move:
     """
     if same_place(view.url, login.redirect_uri):
         return "arrived", view.url
-    if view.url.startswith("http") and not is_brokers(view.url, login.local):
+    if view.url.startswith("http") and not login.is_own(view.url):
         place = f"{urllib.parse.urlsplit(view.url).scheme}://{view.host}"
         raise LoginFailed(f"the login led to a page on {place}, which is not the broker's own, so nothing was "
                           "typed there. Check UPSTOX_BASE_URL and this machine's network before you run "
@@ -1782,11 +1796,10 @@ class Run:
 
     def __init__(self, ctx: Context, config: Config, source: str, mode: str, named: Sequence[str] = (), *,
                  flow: str, headed: bool = False, lifted: str = "") -> None:
-        self.ctx, self.config, self.path = ctx, config, find_database(ctx.args.db)
+        self.ctx, self.config, self.path = ctx, config, ctx.path
         self.source, self.mode, self.named, self.flow = source, mode, list(named), flow
         self.headed, self.lifted = headed, lifted  # lifted: the hold that the operator goes ahead from
         self.run_id, self.hidden = secrets.token_hex(8), config.secrets()
-        self.credentials = credentials_of(config)
         self.lock: int | None = None
         self.statuses: dict[str, Status] = {}
         self.apps: list[App] = []
@@ -1836,7 +1849,7 @@ class Run:
         database that cannot take it now stops nothing.
         """
         if outcome.startswith(("CODE_", "PIN_", "HOLD")):
-            memory["credentials"] = self.credentials
+            memory["credentials"] = credentials_of(self.config)
         event = {"at": int(self.ctx.now() * 1000), "run_id": self.run_id, "api_name": name,
                  "source": self.source, "flow": self.flow, "outcome": outcome,
                  "reason": redact(reason, self.hidden)[:1000] or None, **memory}
@@ -1906,7 +1919,9 @@ class Login:
 
     def __init__(self, run: Run, app: App, browser: Browser) -> None:
         self.run, self.app, self.browser, config = run, app, browser, run.config
-        self.redirect_uri, self.local = app.redirect_uri, is_brokers(config.base_url, local=True)
+        self.redirect_uri = app.redirect_uri
+        # whose pages may be typed into; in a rehearsal only those of this machine
+        self.is_own = is_local if is_local(config.base_url) else is_brokers
         self.texts = {"mobile": config.mobile, "pin": config.pin}  # a TOTP code is made when asked for
         self.typed = ""  # the step whose first digits were typed
         self.touched = False  # something was typed: no second try with a fresh browser
@@ -1915,8 +1930,9 @@ class Login:
         self.whole = False  # its last digit was typed for certain
         self.pressed, self.submits = False, 0  # its button; the submits of its form before
         self.before: str | None = None  # the page's text before that
+        self.news: list[str] = []  # what it shows now that it did not show then
         self.said = ""  # the newest line of the page since then
-        self.old = ""  # a complaint that was dealt with and may stay for a moment
+        self.old = ""  # a complaint that was dealt with, while the page still shows it
         self.settle = 0.0 if run.manual else SETTLE_SECONDS
         self.moved = 0.0  # when there was progress; the page's patience is counted from here
         self.captcha_since: float | None = None
@@ -1946,33 +1962,36 @@ class Login:
             view = self.browser.look()
             if self.old not in view.text:
                 self.old = ""
-            if self.sent and (lines := news(view, self.before)):  # a toast lives for 3 s only
-                self.said = lines[-1]
+            self.news = news(view, self.before)
+            if self.sent and self.news:  # a toast lives for 3 s only
+                self.said = self.news[-1]
             self.run.waiting = ""
             verb, detail = next_move(view, self, self.browser.clock() - self.moved)
             if verb == "captcha":
-                self.wait_for_captcha()
+                self.mind_captcha()
             elif verb != "wait":
                 return view, verb, detail
             self.browser.rest(rest)
             rest = min(rest * 1.2, 0.5)
 
-    def wait_for_captcha(self) -> None:
+    def mind_captcha(self) -> None:
         """A CAPTCHA belongs to the operator; without a window it can only pass by itself."""
-        headed, task = self.browser.headed, "solve the CAPTCHA in the browser window"
+        patience, task = CAPTCHA_SECONDS, "the page shows a CAPTCHA; waiting whether it passes by itself"
+        failure = CAPTCHA_SHOWN
+        if self.browser.headed:
+            patience, task = CAPTCHA_HEADED_SECONDS, "solve the CAPTCHA in the browser window"
+            failure, self.run.waiting = NOBODY_SOLVED, f"{self.app.name}: {task}"
         self.wait_anew()
         if self.captcha_since is None:
             self.captcha_since = self.moved
-            self.say(task if headed else "the page shows a CAPTCHA; waiting whether it passes by itself")
-        if self.moved - self.captcha_since > (CAPTCHA_HEADED_SECONDS if headed else CAPTCHA_SECONDS):
-            raise LoginFailed(NOBODY_SOLVED if headed else CAPTCHA_SHOWN, A_PERSON, captcha=True)
-        if headed:
-            self.run.waiting = f"{self.app.name}: {task}"
+            self.say(task)
+        if self.moved - self.captcha_since > patience:
+            raise LoginFailed(failure, A_PERSON, captcha=True)
 
     def act(self, view: View, verb: str, detail: Any) -> None:
         """Do what next_move decided."""
         if verb == "refused":
-            self.try_next_code(view, detail)
+            self.try_next_code(detail)
         elif verb == "code":
             self.make_code()
         elif verb == "clear":
@@ -2066,14 +2085,13 @@ class Login:
             raise LoginFailed(f"nothing is sent that cannot be noted first. {error}", THIS_RUN) from None
         return True
 
-    def try_next_code(self, view: View, refusal: LoginFailed) -> None:
+    def try_next_code(self, refusal: LoginFailed) -> None:
         """After a refused code one more from the next window; two codes not taken: none any more."""
         self.run.note(self.app.name, "CODE_REFUSED", str(refusal))
-        codes, *_ = recall(self.run.path, self.run.credentials)
-        if codes >= 2:
+        if self.run.hold():
             raise refusal
         self.say("the broker refused the TOTP code; trying once more with the next one")
-        code = toast(news(view, self.before))[1]
+        code = toast(self.news)[1]
         self.old, self.sent = f"[{code}]" if code else self.said, ""
         self.drop_code()
         self.wait_anew()
@@ -2146,9 +2164,10 @@ def verify_new(run: Run, token: Token) -> None:
     run.statuses[token.api_name] = status
     if status.reason != "401":
         return run.settle(token.api_name, "DONE", status.label)
-    run.settle(token.api_name, "FAILED", "the broker gave a token and does not take it (401). Run again.")
     with contextlib.suppress(DatabaseError):
-        return deactivate_tokens(run.path, [token], run.ctx.now())
+        deactivate_tokens(run.path, [token], run.ctx.now())
+    return run.settle(token.api_name, "FAILED",
+                      "the broker gave a token and does not take it (401). Run again.")
 
 
 # ---- Flow V3: approval on the phone --------------------------------------------------------------
@@ -2171,16 +2190,6 @@ def approval_end(run: Run, app: App, answer: Answer) -> float:
                  f"UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them, here or on {APP_PAGE}")
     run.tell(app.name, text)
     return expiry
-
-
-def amend_request(run: Run, app: App, deadline: int) -> None:
-    """Note until when (epoch ms) a request may be approved; 0 when the broker refused it."""
-    try:
-        with transaction(run.path) as connection:
-            connection.execute("UPDATE upstox_token_audit SET number = ? WHERE run_id = ? AND api_name = ? "
-                               "AND outcome = 'REQUESTED'", (deadline, run.run_id, app.name))
-    except DatabaseError as error:
-        run.tell(app.name, f"the audit row was not written: {error}")
 
 
 def await_deliveries(run: Run, before: Mapping[str, str], ends: dict[App, float]) -> None:
@@ -2224,13 +2233,18 @@ def generate_by_phone(run: Run) -> None:
             run.settle(app.name, "FAILED", f"no approval is asked for that cannot be noted first. {error}")
     ask = functools.partial(request_approval, run.config)
     for app, answer in zip(apps, run_within(PROFILE_SECONDS, NO_ANSWER, ask, apps)):
+        deadline = 0
         try:
             ends[app] = approval_end(run, app, answer)
-            amend_request(run, app, int(ends[app] * 1000))
+            deadline = int(ends[app] * 1000)
         except LoginFailed as failure:
-            if error_code(answer)[0]:  # an answer that was lost may be followed by an approval all the same
-                amend_request(run, app, 0)
             run.settle(app.name, "FAILED", str(failure))
+            if not error_code(answer)[0]:  # an answer that was lost may be followed by an approval
+                continue
+        try:
+            amend_request(run.path, run.run_id, app.name, deadline)
+        except DatabaseError as error:
+            run.tell(app.name, f"the audit row was not written: {error}")
     await_deliveries(run, before, ends)
     for app in ends:
         run.settle(app.name, "SKIPPED", "the program was stopped")
@@ -2253,69 +2267,54 @@ def parse_delivery(body: bytes, config: Config, now: float) -> tuple[App | None,
     return app, (user, token, expiry)
 
 
-def why_unexpected(connection: sqlite3.Connection, name: str, token: str, now: float) -> str:
-    """Why a delivery for this app is not expected; empty while a request of ours is outstanding."""
-    if connection.execute("SELECT 1 FROM upstox_tokens WHERE api_name = ? AND access_token = ?",
-                          (name, token)).fetchone():
-        return "it is stored already"
-    newest = ("SELECT coalesce(max(id), 0) FROM upstox_token_audit WHERE api_name = :name AND flow = 'V3' "
-              "AND outcome = 'GENERATED'")
-    [deadline] = connection.execute(
-        "SELECT max(number) FROM upstox_token_audit WHERE api_name = :name AND flow = 'V3' AND "
-        f"outcome = 'REQUESTED' AND id > ({newest})", {"name": name}).fetchone()
-    if not deadline:
-        return "nothing was asked for"
-    return "" if now * 1000 < deadline else "the time to approve it is over"
-
-
-def account_owner(config: Config, path: Path, now: float) -> str | None:
+def account_owner(config: Config, path: Path, now: float) -> str:
     """The user id of this database's tokens: of the last one generated, else from the profile of one that is
-    alive. Empty when there is none, None when the broker cannot tell now."""
+    alive; empty when there is none. TokenError: the broker cannot tell now."""
     if known := read_events(path, "user_id", "outcome = 'GENERATED' AND user_id IS NOT NULL"):
         return known[-1][0]
     rows = read_tokens(path)
     alive = [rows[app.name] for app in config.apps
              if judge_stored(rows.get(app.name), app.client_id, now) is None]
-    owner: str | None = ""
-    for answer in ask_profiles(config, alive):
-        word, _ = judge_profile(answer)
-        if word == "VALID" and answer.data():
+    answers = ask_profiles(config, alive)
+    for answer in answers:
+        if judge_profile(answer)[0] == "VALID" and answer.data():
             return text_of(answer.data().get("user_id"))
-        if word == "UNKNOWN":
-            owner = None
-    return owner
+    if any(judge_profile(answer)[0] == "UNKNOWN" for answer in answers):
+        raise TokenError("the broker cannot tell now whose the tokens so far are")
+    return ""
 
 
-def take_delivery(ctx: Context, config: Config, path: Path, app: App, delivery: Delivery) -> tuple[bool, str]:
-    """Prove a delivery, then store it: (whether that is settled, why it was not stored or an empty text).
+def take_delivery(ctx: Context, config: Config, app: App, delivery: Delivery) -> str:
+    """Prove a delivery, then store it; why it was not stored, or an empty text. TokenError: not now.
 
     Anyone may post it, so nothing is believed: a request of ours must be outstanding, and the broker's
     profile answer must name the delivery's user, who must be the one of this database's tokens.
     """
-    user, token, valid_until = delivery
+    path, (user, token, valid_until) = ctx.path, delivery
     with transaction(path) as connection:
         if problem := why_unexpected(connection, app.name, token, ctx.now()):
-            return True, problem
-    answer = ask_profiles(config, [Token(app.name, token, app.client_id)])[0]
+            return problem
+    [answer] = ask_profiles(config, [Token(app.name, token, app.client_id)])
     word, reason = judge_profile(answer)
+    problem = f"the broker says {word} ({reason}) of its token"
+    if word == "UNKNOWN":
+        raise TokenError(problem)
     if word != "VALID":
-        return word != "UNKNOWN", f"the broker says {word} ({reason}) of its token"
+        return problem
     if answer.data().get("user_id") != user:
-        return True, "its token belongs to another user than it says"
+        return "its token belongs to another user than it says"
     owner = account_owner(config, path, ctx.now())
-    if owner is None:
-        return False, "the broker cannot tell now whose the tokens so far are"
     if owner not in ("", user):
-        return True, (f"it is for the account {user}, the tokens so far are for {printable(owner, 40)}. "
-                      "If that is meant, log in once with --flow SELENIUM")
+        return (f"it is for the account {user}, the tokens so far are for {printable(owner, 40)}. "
+                "If that is meant, log in once with --flow SELENIUM")
     now = ctx.now()
     with transaction(path, STORE_SECONDS) as connection:
         if problem := why_unexpected(connection, app.name, token, now):
-            return True, problem
+            return problem
         upsert_token(connection, token_row(app, token, now, valid_until))
         add_event(connection, {"at": int(now * 1000), "run_id": secrets.token_hex(8), "api_name": app.name,
                                "source": "WEBHOOK", "flow": "V3", "outcome": "GENERATED", "user_id": user})
-    return True, ""
+    return ""
 
 
 # ---- Generating: choose, prove, then app by app --------------------------------------------------
@@ -2327,7 +2326,7 @@ def choose(mode: str, named: Sequence[str], statuses: Iterable[Status]) -> list[
             or mode == "INVALID_ONLY" and status.word in NEEDS_LOGIN]
 
 
-def begin(run: Run) -> None:
+def prepare(run: Run) -> None:
     """Take the lock, read the statuses under it, choose the apps; or TokenError.
 
     If there are any: prove that the database takes their tokens, and mark the tokens that got a 401.
@@ -2341,7 +2340,7 @@ def begin(run: Run) -> None:
         run.apps = [app for app in run.config.apps if app.name in names]
         run.progress = {name: ("PENDING", "") for name in names}
         if run.apps:
-            create_database(run.ctx, run.path)
+            create_database(run.ctx)
             prove_writable(run.path, run.apps, now)
             refused = [status.token for status in statuses if status.reason == "401"]
             deactivate_tokens(run.path, refused, now)
@@ -2415,7 +2414,7 @@ def generate_by_browser(run: Run) -> None:
                 blocker = generate_one(run, app, browser)
 
 
-def finish(run: Run) -> None:
+def generate_chosen(run: Run) -> None:
     """Generate for the chosen apps, whatever happens to single ones, and give the lock back."""
     try:
         if run.apps and run.flow == "V3":
@@ -2444,25 +2443,16 @@ def summary_lines(statuses: Sequence[Status], path: Path | None = None) -> list[
     return [*lines, f"Unknown Tokens  : {unknown}"] if unknown else lines
 
 
-def last_attempts(path: Path) -> dict[str, dict[str, Any]]:
-    """How the newest run for each app ended, whoever ran it: a cron run of the night, too."""
-    newest = ("id IN (SELECT max(id) FROM upstox_token_audit WHERE outcome IN ('GENERATED', 'FAILED') "
-              "GROUP BY api_name)")
-    return {name: {"at": local_text(at / 1000), "source": source, "outcome": outcome, "reason": reason}
-            for name, at, source, outcome, reason
-            in read_events(path, "api_name, at, source, outcome, reason", newest)}
-
-
-def status_json(ctx: Context, config: Config, path: Path, statuses: Iterable[Status]) -> dict[str, Any]:
+def status_json(ctx: Context, config: Config, statuses: Iterable[Status]) -> dict[str, Any]:
     """The summary for programs (the guide 7.2); EXPIRED counts as invalid."""
-    attempts, statuses = last_attempts(path), list(statuses)
+    attempts, statuses = last_attempts(ctx.path), list(statuses)
 
     def names(*words: str) -> list[str]:
         return [status.api_name for status in statuses if status.word in words]
 
     return {"valid": names("VALID"), "invalid": names("INVALID", "EXPIRED"), "missing": names("NOT FOUND"),
             "unknown": names("UNKNOWN"), "checkedAt": local_text(ctx.now()),
-            "hold": current_hold(path, config) or None,
+            "hold": current_hold(ctx.path, config) or None,
             "tokens": [{"apiName": status.api_name, "status": status.word, "reason": status.reason,
                         "validityAt": status.token and status.token.validity_at,
                         "generatedAt": status.token and status.token.generated_at,
@@ -2839,12 +2829,12 @@ def job_json(run: Run) -> dict[str, Any]:
     state, message = "WAITING_FOR_OPERATOR" if run.waiting else "RUNNING", run.waiting
     if run.ended:
         state = "DONE" if run.exit_code == OK else "FAILED"
-        done = sum(state == "DONE" for state, _ in run.progress.values())
+        done = [word for word, _ in run.progress.values()].count("DONE")
         counted = f"{done} of {len(run.progress)} generated." if run.progress else "Nothing to do."
         message = run.problem or " ".join(filter(None, [counted, run.left_alone(), *run.failures()[:1]]))
     return {"jobId": run.run_id, "state": state, "message": message,
-            "results": [{"apiName": name, "state": state, "message": message}
-                        for name, (state, message) in list(run.progress.items())]}
+            "results": [{"apiName": name, "state": word, "message": text}
+                        for name, (word, text) in list(run.progress.items())]}
 
 
 def read_request(body: Any, config: Config, flow: str) -> tuple[str, list[str], str]:
@@ -2888,8 +2878,8 @@ def get_status(server: Server, request: Handler) -> Reply:
         if not fresh and at < arrived:
             try:
                 config = load_config(server.ctx, "status")
-                statuses = classify_tokens(config, read_tokens(server.path), server.ctx.now())
-                result = status_json(server.ctx, config, server.path, statuses)
+                statuses = classify_tokens(config, read_tokens(server.ctx.path), server.ctx.now())
+                result = status_json(server.ctx, config, statuses)
             except TokenError as error:  # shared with those who wait meanwhile, or each would wait for a lock
                 result = HttpError(503, one_line(error))
             server.checked = time.monotonic(), now_known, result
@@ -2908,8 +2898,9 @@ def post_generate(server: Server, request: Handler) -> Reply:
         raise HttpError(400, "the body is not JSON") from None
     ctx = server.ctx
     mode, names, flow = read_request(body, load_config(ctx, "menu"), ctx.args.flow)
-    run = Run(ctx, load_config(ctx, flow), "REST", mode, names, flow=flow, headed=ctx.args.headed)
-    begin(run)
+    config = load_config(ctx, flow)  # with what the chosen flow needs
+    run = Run(ctx, config, "REST", mode, names, flow=flow, headed=ctx.args.headed)
+    prepare(run)
     server.jobs = dict([*server.jobs.items(), (run.run_id, run)][-20:])
     server.worker = threading.Thread(target=server.work, args=(run,))
     server.worker.start()
@@ -2948,6 +2939,9 @@ def serve_address(text: str, config: Config) -> tuple[str, int]:
     return match[1].lower(), int(match[2])
 
 
+DELIVERY = "delivery"  # name of a thread that is settling one
+
+
 class Server(http.server.ThreadingHTTPServer):
     """What requests share: the context, the last check, the jobs. A thread per connection, 500 at most."""
 
@@ -2955,7 +2949,7 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_port = False
 
     def __init__(self, ctx: Context, config: Config, address: str, webhook_only: bool = False) -> None:
-        self.ctx, self.path, self.webhook_only = ctx, find_database(ctx.args.db), webhook_only
+        self.ctx, self.webhook_only = ctx, webhook_only
         self.key, self.origins = config.serve_key, config.origins  # the start's
         self.config = config
         self.hidden = config.secrets()  # a client may send one as its path
@@ -2963,7 +2957,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.worker: threading.Thread | None = None
         self.tries = 0  # to store a delivery
         self.checking, self.proving = threading.Lock(), threading.Semaphore(PROOFS_AT_ONCE)
-        self.delivered, self.deliveries = threading.Condition(), 0  # taken in and not settled
         self.checked: tuple[float, Any, Any] = (0.0, None, None)  # when, what was known, the result
         self.host, port = serve_address(address, config)
         self.address_family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
@@ -2993,21 +2986,9 @@ class Server(http.server.ThreadingHTTPServer):
         """A job's thread; what it says stands in the run."""
         try:
             with contextlib.suppress(TokenError):
-                finish(run)
+                generate_chosen(run)
         except Exception as error:  # a bug: its text may hold anything
             self.tell(f"internal error: {type(error).__name__}")
-
-    @contextlib.contextmanager
-    def one_more_delivery(self) -> Iterator[None]:
-        """The program does not end before what was answered with 200 is settled."""
-        with self.delivered:
-            self.deliveries += 1
-        try:
-            yield
-        finally:
-            with self.delivered:
-                self.deliveries -= 1
-                self.delivered.notify_all()
 
     def deliver(self, body: bytes) -> None:
         """Prove and store what was delivered, in a few tries over minutes; tell the operator in one line."""
@@ -3017,36 +2998,32 @@ class Server(http.server.ThreadingHTTPServer):
             return None  # a stranger's
         if isinstance(delivery, str):
             return self.tell(f"{app.name}: a delivery was not stored: {delivery}")
-        line = "a delivery was not stored: the program was stopped"
         for pause in (0, 1, 2, 4, 8, 15, 30, 60, 120, 240):
             if pause and self.ctx.stopping.wait(pause):
                 break
-            settled, line = self.try_delivery(config, app, delivery)
-            if settled:
-                break
-            if not pause:
-                self.tell(f"{app.name}: {line}; trying again")
-        return self.tell(f"{app.name}: {line}")
-
-    def try_delivery(self, config: Config, app: App, delivery: Delivery) -> tuple[bool, str]:
-        """One try: whether that is settled, and a line for the operator."""
-        with self.proving:
             try:
-                settled, problem = take_delivery(self.ctx, config, self.path, app, delivery)
-            except DatabaseError as error:
-                return False, f"a delivered token cannot be stored yet. {error}"
+                with self.proving:
+                    problem = take_delivery(self.ctx, config, app, delivery)
+                line = "approved on the phone, token stored"
+                if problem:
+                    line = f"a delivery was not stored: {problem}"
+                break
+            except TokenError as error:  # the database or the broker, for the moment
+                line = f"a delivery was not stored: {error}"
+                if not pause:
+                    self.tell(f"{app.name}: {line.rstrip('.')}; trying again")
             finally:
                 self.tries += 1
-        line = f"a delivery was not stored: {problem}" if problem else "approved on the phone, token stored"
-        return settled, line
+        return self.tell(f"{app.name}: {line}")
 
     def end(self) -> None:
-        """Let a running job finish its current app, and a delivery its store."""
+        """Let a running job finish its current app, and settle every delivery that was answered with 200."""
         self.ctx.stopping.set()
         if self.worker:
             self.worker.join()
-        with self.delivered:
-            self.delivered.wait_for(lambda: not self.deliveries, PROFILE_SECONDS + STORE_SECONDS)
+        for thread in threading.enumerate():
+            if thread.name == DELIVERY:
+                thread.join(PROFILE_SECONDS + STORE_SECONDS)
 
     def latest_config(self) -> Config:
         """The configuration for deliveries, read anew; the last good one while the file is being edited."""
@@ -3110,11 +3087,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A delivery: answered at once and alike whatever it is, then looked at in this thread."""
         self.need_method("POST")
         body = self.read_body()
-        with self.server.one_more_delivery():
-            self.answer(200, {"status": "ok"}, {})
-            with contextlib.suppress(OSError):
-                self.connection.shutdown(socket.SHUT_WR)
-            self.server.deliver(body)
+        threading.current_thread().name = DELIVERY
+        self.answer(200, {"status": "ok"}, {})
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+        self.server.deliver(body)
 
     def need_method(self, method: str) -> None:
         if self.command != method and (self.command, method) != ("HEAD", "GET"):
@@ -3198,7 +3175,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What else http.server would log: nothing that an operator needs."""
 
 
-def command_serve(ctx: Context, config: Config, path: Path) -> int:
+def command_serve(ctx: Context, config: Config) -> int:
     """--serve: until Ctrl-C or SIGTERM."""
     with Server(ctx, config, ctx.args.serve) as server:
         try:
@@ -3237,22 +3214,22 @@ def tell_strangers(ctx: Context, rows: Iterable[str]) -> None:
                    + ", ".join(printable(name, 40) for name in foreign))
 
 
-def look_at_tokens(ctx: Context, config: Config, path: Path) -> list[Status]:
+def look_at_tokens(ctx: Context, config: Config) -> list[Status]:
     """Every app's status now; tells a hold."""
-    rows = read_tokens(path)
+    rows = read_tokens(ctx.path)
     tell_strangers(ctx, rows)
-    if hold := current_hold(path, config):
+    if hold := current_hold(ctx.path, config):
         ctx.inform(f"Logins are on hold: {hold.rstrip('.')}.")
     return classify_tokens(config, rows, ctx.now())
 
 
-def say_summary(ctx: Context, path: Path, statuses: Iterable[Status]) -> None:
-    ctx.say(*summary_lines(list(statuses), path if ctx.args.verbose else None))
+def say_summary(ctx: Context, statuses: Iterable[Status]) -> None:
+    ctx.say(*summary_lines(list(statuses), ctx.path if ctx.args.verbose else None))
 
 
 def say_result(ctx: Context, run: Run) -> None:
     """The summary at the end of a run, and what to do about the apps that failed."""
-    say_summary(ctx, run.path, run.statuses.values())
+    say_summary(ctx, run.statuses.values())
     if lines := run.failures():
         ctx.say("", *lines)
 
@@ -3269,48 +3246,48 @@ def generate(ctx: Context, config: Config, source: str, mode: str, named: Sequen
         serve_address(ctx.args.serve, config)
     run = Run(ctx, config, source, mode, named, flow=ctx.args.flow, headed=headed or ctx.args.headed,
               lifted=lifted)
-    begin(run)
+    prepare(run)
     if line := run.left_alone():
         ctx.log(line)
     by_phone = run.flow == "V3" and run.apps
     receiver = listening(ctx, config) if by_phone else contextlib.nullcontext()
     with receiver:
-        finish(run)
+        generate_chosen(run)
     return run
 
 
-def command_status(ctx: Context, config: Config, path: Path) -> int:
+def command_status(ctx: Context, config: Config) -> int:
     """--status: look, write nothing."""
-    statuses = look_at_tokens(ctx, config, path)
+    statuses = look_at_tokens(ctx, config)
     if ctx.args.json:
-        ctx.say(json.dumps(status_json(ctx, config, path, statuses), indent=2))
+        ctx.say(json.dumps(status_json(ctx, config, statuses), indent=2))
     else:
-        say_summary(ctx, path, statuses)
+        say_summary(ctx, statuses)
     return all_valid(statuses)
 
 
-def command_mode(ctx: Context, config: Config, path: Path) -> int:
+def command_mode(ctx: Context, config: Config) -> int:
     """--mode: generate without asking."""
     try:
         named = parse_names(ctx.args.apis, config.names) if ctx.args.mode == "PARTIAL" else []
     except ValueError as error:
         raise TokenError(f"--apis: {error}", USAGE) from None
-    tell_strangers(ctx, read_tokens(path))
+    tell_strangers(ctx, read_tokens(ctx.path))
     run = generate(ctx, config, "CLI", ctx.args.mode, named)
     if ctx.args.json:
         results = [{"apiName": name, "state": state, "message": "" if state == "DONE" else message}
                    for name, (state, message) in run.progress.items()]
-        ctx.say(json.dumps({**status_json(ctx, config, path, run.statuses.values()), "results": results,
+        ctx.say(json.dumps({**status_json(ctx, config, run.statuses.values()), "results": results,
                             "exitCode": run.exit_code}, indent=2))
     else:
         say_result(ctx, run)
     return run.exit_code
 
 
-def command_menu(ctx: Context, config: Config, path: Path) -> int:
+def command_menu(ctx: Context, config: Config) -> int:
     """No option: the summary, the operator's choice, the run; offers a visible browser for a CAPTCHA."""
-    statuses = look_at_tokens(ctx, config, path)
-    say_summary(ctx, path, statuses)
+    statuses = look_at_tokens(ctx, config)
+    say_summary(ctx, statuses)
     try:
         choice = prompt_menu(ctx, config.names)
     except EOFError:
@@ -3321,7 +3298,7 @@ def command_menu(ctx: Context, config: Config, path: Path) -> int:
         return all_valid(statuses)
     hold = ""
     if ctx.args.flow == "SELENIUM" and choose(*choice, statuses):
-        hold = current_hold(path, config, attended=True)
+        hold = current_hold(ctx.path, config, attended=True)
     question = f"Logins are on hold: {hold}. Is it mended, and may the login go ahead?"
     lifted = hold if hold and ctx.confirm(question) else ""
     config = load_config(ctx, ctx.args.flow)
@@ -3338,17 +3315,18 @@ def command_menu(ctx: Context, config: Config, path: Path) -> int:
     return run.exit_code
 
 
-def command_import_config(ctx: Context, config: Config, path: Path) -> int:
+def command_import_config(ctx: Context, config: Config) -> int:
     """--import-config: the apps of the environment into upstox_api_configs."""
-    create_database(ctx, path)
-    import_apps(path, config.apps, ctx.now())
-    ctx.say(f"Copied {', '.join(config.names)} into upstox_api_configs of {path.resolve()}. "
+    create_database(ctx)
+    import_apps(ctx.path, config.apps, ctx.now())
+    ctx.say(f"Copied {', '.join(config.names)} into upstox_api_configs of {ctx.path.resolve()}. "
             "Set UPSTOX_CONFIG_SOURCE=DB to use them.")
     return OK
 
 
-def database_problem(ctx: Context, config: Config, path: Path) -> str:
+def database_problem(ctx: Context, config: Config) -> str:
     """Whether the database takes a token, without leaving one there."""
+    path = ctx.path
     try:
         if path.exists():
             if select(path, "SELECT 1 FROM sqlite_master WHERE name = 'upstox_tokens'"):
@@ -3383,13 +3361,13 @@ def browser_problems(ctx: Context, config: Config) -> tuple[str, str]:
     return "", ""
 
 
-def command_check(ctx: Context, config: Config, path: Path) -> int:
+def command_check(ctx: Context, config: Config) -> int:
     """--check: is everything ready for a login? Leaves nothing in the database, spends no OTP."""
     answers = ask_dialogs(ctx, config, config.apps)
     silent = all(answer.error for answer, _ in answers)
     browser, page = ("", "") if ctx.args.flow == "V3" else browser_problems(ctx, config)
-    hold = current_hold(path, config)
-    checks = {"configuration": "", "env file": "", "database": database_problem(ctx, config, path),
+    hold = current_hold(ctx.path, config)
+    checks = {"configuration": "", "env file": "", "database": database_problem(ctx, config),
               "browser": browser, "login page": page, "broker": explain(answers[0][0]) if silent else "",
               "clock": "unknown, since the broker did not answer" if silent else clock_problem(answers),
               "hold": f"logins are on hold: {hold}. Mend it, then go ahead from the menu" if hold else ""}
@@ -3403,7 +3381,7 @@ def command_check(ctx: Context, config: Config, path: Path) -> int:
 # ---- The command line ----------------------------------------------------------------------------
 
 # name: what does it, and its use of the configuration (a key of NEEDED); None: a login in the chosen flow
-COMMANDS: dict[str, tuple[Callable[[Context, Config, Path], int], str | None]] = {
+COMMANDS: dict[str, tuple[Callable[[Context, Config], int], str | None]] = {
     "status": (command_status, "status"), "mode": (command_mode, None), "serve": (command_serve, "menu"),
     "check": (command_check, None), "import_config": (command_import_config, "menu"),
     "menu": (command_menu, "menu")}
@@ -3496,8 +3474,9 @@ def main(argv: Sequence[str] | None = None, *, out: TextIO | None = None, err: T
     os.umask(0o077)  # whatever is created may hold tokens
     try:
         with ctx.signals_handled():
+            ctx.path = find_database(args.db)
             command, use = COMMANDS[args.command]
-            code = command(ctx, load_config(ctx, use or args.flow), find_database(args.db))
+            code = command(ctx, load_config(ctx, use or args.flow))
             lines, ctx.kept = ctx.kept, None
             if lines and code != OK:
                 ctx.say(*lines)
