@@ -5723,7 +5723,7 @@ class Story:
         assert not shown, f"{shown} told: {said.getvalue()}"
 
     def log_in_all(self, run: upstox_tokens.Run, browser: PaperBrowser) -> None:
-        blocker = upstox_tokens.standing_hold(run)
+        blocker = upstox_tokens.lift_hold(run)
         run.operator = bool(blocker)
         for app in run.apps:
             self.books.login(app.name)

@@ -2349,16 +2349,16 @@ def prepare(run: Run) -> None:
         raise
 
 
-def standing_hold(run: Run) -> str:
-    """Why no login may be tried now, or an empty text; an operator who was told it may have lifted it."""
+def lift_hold(run: Run) -> str:
+    """Note that an operator goes ahead from the hold that he was told; any other hold is the reason, in words,
+    why no login may be tried."""
     hold = run.hold()
-    if not hold:
-        return ""
-    if hold == run.lifted:
+    if hold and hold != run.lifted:
+        return (f"{hold.rstrip('.')}. No unattended login until PIN, TOTP secret or mobile number in the "
+                "configuration changes, or an operator goes ahead from the menu.")
+    if hold:
         run.note(run.apps[0].name, "HOLD_LIFTED", hold, must=True)
-        return ""
-    return (f"{hold.rstrip('.')}. No unattended login until PIN, TOTP secret or mobile number in the "
-            "configuration changes, or an operator goes ahead from the menu.")
+    return ""
 
 
 def end_of_login(run: Run, app: App, failure: TokenError, reach: int) -> str:
@@ -2396,7 +2396,7 @@ def generate_one(run: Run, app: App, browser: Browser) -> str:
 
 def generate_by_browser(run: Run) -> None:
     """Flow SELENIUM: one browser, one app after the other; what holds for all apps stops the run."""
-    blocker, refused = standing_hold(run), {}
+    blocker, refused = lift_hold(run), {}
     run.operator = bool(blocker)
     if not blocker:
         answers = ask_dialogs(run.ctx, run.config, run.apps)
@@ -2508,87 +2508,69 @@ PAGE = """<!doctype html>
 <title>Upstox tokens</title> <link rel="icon" href="data:,">
 <style nonce="NONCE">
 :root { color-scheme: light dark; --page: #f4f6f8; --card: #fff; --text: #1b2430; --soft: #576372;
-  --line: #dde3e9; --good: #1a7f4b; --bad: #b3261e; --act: #2457c5; --turn: #8a5a00; --hue: var(--soft); }
+  --line: #7d889440; --good: #1a7f4b; --bad: #b3261e; --act: #2457c5; --turn: #8a5a00; }
 @media (prefers-color-scheme: dark) { :root { --page: #11151b; --card: #191f27; --text: #e6eaf0;
-  --soft: #9eaab8; --line: #2b343f; --good: #4cc38a; --bad: #ff8f85; --act: #86b0ff; --turn: #f2b84b; } }
-.none { --hue: var(--soft); } .good { --hue: var(--good); } .busy { --hue: var(--act); }
-.bad { --hue: var(--bad); } .wait { --hue: var(--turn); }
-* { box-sizing: border-box; } [hidden] { display: none !important; } html { overflow-y: scroll; }
-body { max-width: 1080px; margin: 0 auto; padding: 24px; background: var(--page); color: var(--text);
-  font: 16px/1.4 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-h1, h2, p { margin: 0; font-size: 1.15rem; } p { font-size: inherit; overflow-wrap: anywhere; }
-header, form, label, #actions { display: flex; align-items: center; gap: 12px; }
-#card, table, dialog, button, select, input { background: var(--card); border-radius: 8px; }
-dialog, button, select, input { border: 1px solid #7d8894; color: inherit; }
-button, select, input { min-height: 44px; padding: 0 16px; font: inherit; line-height: 1.15; }
-button { font-weight: 600; cursor: pointer; } .danger { border-color: var(--bad); color: var(--bad); }
-.main { background: var(--act); border-color: var(--act); color: var(--card); }
-:disabled:disabled { background: none; border-color: var(--line); color: var(--soft); opacity: 1; }
-:focus-visible { outline: 3px solid var(--act); outline-offset: 2px; }
-.soft, thead, .job { color: var(--soft); font-size: .9rem; } #checked { flex: 1; text-align: right; }
-#card { margin: 16px 0; padding: 14px 20px 16px; border-left: 6px solid var(--hue); }
+  --soft: #9eaab8; --good: #4cc38a; --bad: #ff8f85; --act: #86b0ff; --turn: #f2b84b; } }
+.none { --hue: var(--soft); } .good { --hue: var(--good); } .bad { --hue: var(--bad); }
+.busy { --hue: var(--act); } .wait { --hue: var(--turn); }
+* { box-sizing: border-box; } [hidden] { display: none !important; }
+body { max-width: 1080px; margin: 0 auto; padding: 16px; background: var(--page); color: var(--text);
+  font: 16px/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1, h2, p { margin: 0; font-size: 1.1rem; } p { font-size: 1rem; }
+#summary { font-size: 1.25rem; font-weight: 600; } #notice { min-height: 1.4em; }
+#summary, .status, .job b, p.bad { color: var(--hue); } .job b { font-weight: inherit; }
+.soft, thead, .until, .job { color: var(--soft); font-size: .9rem; }
+header, fieldset, form, label { display: flex; align-items: center; gap: 10px; }
+fieldset, form { flex-wrap: wrap; margin: 12px 0 0; border: 0; padding: 0; }
+#refresh, #all { margin-left: auto; } #key { width: 100%; max-width: 400px; }
+#card, table, dialog, button, select, input { border-radius: 8px; background: var(--card); color: inherit; }
+#card { margin: 16px 0; border-left: 6px solid var(--hue); padding: 14px 16px; }
 #card.wait { background: color-mix(in srgb, var(--turn) 12%, var(--card)); }
-#summary { font-size: 1.35rem; font-weight: 600; } .wait #summary, p.bad { color: var(--hue); }
-#notice { margin-top: 4px; } #actions, form { margin-top: 12px; } #all { margin-left: auto; }
-.live #card { min-height: 145px; } form { max-width: 540px; } #key { flex: 1; min-width: 0; }
-table { width: 100%; table-layout: fixed; border-collapse: collapse; }
-th, td { height: 56px; padding: 6px 12px 6px 0; text-align: left; }
-.api { width: 220px; padding-left: 20px; } .status { width: 220px; } .until { width: 140px; }
-tr + tr { border-top: 1px solid var(--line); } label { min-height: 44px; cursor: pointer; }
-th input { flex: none; width: 20px; min-height: 20px; margin: 0; accent-color: var(--act); }
-td.status { color: var(--hue); font-size: .9rem; font-weight: 600; }
-td.status::before { content: "●"; margin-right: 5px; }
-tr:not(.good) .until { color: var(--soft); } .until:empty::before { content: "–"; }
-.job b { color: var(--hue); } .job.none b { font-weight: inherit; } #footer { margin-top: 16px; }
-.live .job p { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; }
-dialog { max-width: min(460px, 100% - 32px); padding: 24px; } dialog button + button { margin-left: 4px; }
-dialog p { margin: 12px 0 24px; } dialog::backdrop { background: rgb(0 0 0 / .5); }
-@media (max-width: 860px) {
-  body { padding: 12px; } button, select { padding: 0 8px; } #summary { font-size: 1.1rem; }
-  label { gap: 8px; } td.status { font-size: .82rem; text-align: right; }
-  #card { margin: 12px 0; padding: 10px 12px 12px; }
-  .live #card { min-height: 206px; } .live #notice { min-height: 2.8em; }
-  #actions { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px; }
-  #actions > * { margin: 0; font-size: .85rem; } thead { display: none; } table, tbody { display: block; }
-  tbody tr { display: grid; grid-template-columns: max-content 1fr; align-items: center; gap: 0 6px;
-    align-content: start; min-height: 100px; padding: 4px 12px 8px; }
-  tbody tr > [class] { width: auto; height: auto; padding: 0; }
-  td.until, td.job { grid-column: 1 / 3; margin-left: 28px; font-size: .9rem; }
-  .until:empty, .live tr:not([data-job=""]) .until { display: none; }
-  .until::before { content: "until "; } [data-status=EXPIRED] .until::before { content: "was valid until "; }
+button, select, input { min-height: 44px; border: 1px solid #7d8894; padding: 0 14px; font: inherit; }
+.main { background: var(--act); color: var(--card); } .danger { border-color: var(--bad); color: var(--bad); }
+:disabled { border-color: var(--line); background: none; color: var(--soft); opacity: 1; }
+:focus-visible { outline: 3px solid var(--act); outline-offset: 2px; }
+table { width: 100%; table-layout: fixed; border-collapse: collapse; text-align: left; }
+th, td { width: 200px; height: 56px; padding: 6px 12px; } th + th { width: 250px; } th + .job { width: auto; }
+tr + tr { border-top: 1px solid var(--line); } .status::before { content: "● "; }
+label { min-height: 44px; } button { white-space: nowrap; } th input { width: 20px; min-height: 20px; }
+dialog { width: 460px; border: 1px solid #7d8894; padding: 16px; } dialog p { margin: 12px 0 24px; }
+@media (max-width: 640px) {
+  fieldset > * { flex: auto; } thead { display: none; } tr { padding: 4px 0 12px; }
+  table, tbody, tr, th, td { display: block; width: auto; height: auto; }
+  th, td { padding: 0 12px; } td { padding-left: 46px; }
 }
 </style>
 </head>
 <body>
 <header>
-  <h1>Upstox tokens</h1> <span id="checked" class="soft"></span> <button id="refresh">Check again</button>
+  <div><h1>Upstox tokens</h1> <p id="checked" class="soft"></p></div> <button id="refresh">Check again</button>
 </header>
-<main id="main">
+<main>
   <section id="card">
     <div aria-live="polite">
       <p id="summary" tabindex="-1"></p> <p id="hold" class="bad"></p> <p id="notice"></p>
     </div>
-    <div id="actions">
-      <button id="missing" class="main"></button> <button id="selected"></button>
+    <fieldset id="actions" aria-label="Generate tokens">
+      <button id="missing" class="main">Generate missing</button> <button id="selected"></button>
       <select id="flow" aria-label="Way to log in"><option value="SELENIUM">Browser login</option>
         <option value="V3">Approve on phone</option></select>
       <button id="all" class="danger">Force regenerate all</button>
-    </div>
+    </fieldset>
     <form id="keyform">
       <label for="key">Key</label> <input id="key" type="password" required autocomplete="off"
         pattern="[!-~]+" title="A key has no spaces."> <button id="key-save" class="main">Save</button>
     </form>
   </section>
   <table id="tokens">
-    <thead><tr><th scope="col" class="api">API</th><th scope="col" class="status">Status</th>
-      <th scope="col" class="until">Valid until</th><th scope="col">Last attempt</th></tr></thead>
+    <thead><tr><th scope="col">API</th> <th scope="col">Status</th>
+      <th scope="col" class="job">Last attempt</th></tr></thead>
     <tbody id="body"></tbody>
   </table>
   <template id="row"><tr>
-    <th scope="row" class="api"><label><input type="checkbox"> <span></span></label></th>
-    <td class="status"></td><td class="until"></td><td class="job"><p><b></b><span></span></p></td>
+    <th scope="row"><label><input type="checkbox"> <span></span></label></th>
+    <td><b class="status"></b> <span class="until"></span></td> <td class="job"><b></b><span></span></td>
   </tr></template>
-  <p id="footer" class="soft">All times are the server’s local time.</p>
 </main>
 <dialog id="confirm" aria-labelledby="danger" aria-describedby="dangers">
   <h2 id="danger">Regenerate every token, valid or not?</h2>
@@ -2601,145 +2583,110 @@ dialog p { margin: 12px 0 24px; } dialog::backdrop { background: rgb(0 0 0 / .5)
 const WAYS = {CLI: 'cron or command line', MENU: 'menu', REST: 'web page or HTTP',
   WEBHOOK: 'approved on the phone'};
 const STEPS = {PENDING: ['none', 'Queued'], RUNNING: ['busy', 'Running'], SKIPPED: ['none', 'Not tried'],
-  DONE: ['good', 'Generated just now'], FAILED: ['bad', 'Failed']};
-const GOES_ON = 'The run goes on even when this page is closed.';
-const $ = id => document.getElementById(id), ticked = () => [...$('body').querySelectorAll(':checked')];
-const live = run => Boolean(run) && (run.state === 'RUNNING' || run.state === 'WAITING_FOR_OPERATOR');
-const tone = label => label === 'VALID' ? 'good' : label.startsWith('UNKNOWN') ? 'none' : 'bad';
-const count = kind => report ? report.tokens.filter(token => tone(token.status) === kind).length : 0;
-const keep = typed => { key = typed; sessionStorage.setItem('key', key); };
-const follow = path => { watched = path; localStorage.setItem('job', path); };  // for a reload and other tabs
-let report = null, job = null, note = '', trouble = null, locked = false, starting = false;  // what is shown
-let key = sessionStorage.getItem('key') || '', watched = localStorage.getItem('job') || '';
-let turn = 0, timer = 0;
+  FAILED: ['bad', 'Failed']};
+const saved = sessionStorage;  // of this tab, also after a reload: the key, the job that is followed
+let report = {tokens: []}, job = null, note = '', trouble = null, timer = 0;
+
+const $ = id => document.getElementById(id);
+const ticked = () => [...$('body').querySelectorAll(':checked')];
+const live = run => ['RUNNING', 'WAITING_FOR_OPERATOR'].includes(run?.state);
+const locked = () => trouble?.status === 401;
+const tone = status => status === 'VALID' ? 'good' : status.startsWith('UNKNOWN') ? 'none' : 'bad';
+const count = mood => report.tokens.filter(token => tone(token.status) === mood).length;
+// the server's words, with this page's names for the ways to log in
+const plain = words => words.replaceAll('--flow SELENIUM', '“Browser login”')
+  .replaceAll('--flow V3', '“Approve on phone”');
+// touches only what changes, so that nothing is announced twice
+const say = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 
 async function call(path, body) {
-  const headers = {'Content-Type': 'application/json', ...key && {Authorization: 'Bearer ' + key}};
+  const headers = {'Content-Type': 'application/json'};
+  if (saved.secret) headers.Authorization = 'Bearer ' + saved.secret;
   const answer = await fetch('auth/upstox/tokens/' + path, {headers, method: body ? 'POST' : 'GET',
-    body: JSON.stringify(body), cache: 'no-store', redirect: 'error', signal: AbortSignal.timeout(20000)});
+    body: JSON.stringify(body), signal: AbortSignal.timeout(20000)});
   const data = await answer.json();  // fails when a proxy answers because the server itself is gone
+  if (answer.status === 404) return null;  // a job from before the server's restart
   if (!answer.ok) throw Object.assign(new Error(data.error), {status: answer.status});
   return data;
 }
 
-async function tick() {  // asks, shows, comes again; a newer tick makes an older one void
-  if (locked && !key) return;
-  const mine = ++turn, unknown = error => error.status === 404 ? null : Promise.reject(error);
-  clearTimeout(timer);
+async function look() {  // asks, shows, comes again
+  const watched = saved.job;
   try {
-    const run = watched && await call(watched).catch(unknown);
-    const fresh = live(run) && report || await call('status');
-    if (mine !== turn) return;
-    learn(run, fresh);
-    [report, trouble, locked] = [fresh, null, false];
+    const run = watched && await call(watched);
+    const fresh = live(run) && report.checkedAt ? report : await call('status');
+    const newer = fresh.tokens.some(token => token.lastAttempt?.at > job?.seen);  // than the job shown
+    if (live(run) || watched && live(job)) job = run && {...run, seen: fresh.checkedAt};
+    else if (newer) job = null;
+    if (watched) saved.job = live(run) ? 'jobs/' + run.jobId : '';
+    [report, trouble] = [fresh, null];
   } catch (error) {
-    if (mine !== turn) return;
-    if (error.status === 401) return lock();
-    trouble = error.status ? ['No check', 'The server could not check the tokens.', error.message]
-      : ['No answer', 'The server does not answer.', 'Trying again… The table is as of the last check.'];
+    trouble = error;
   }
   render();
-  const calm = document.hidden ? 600 : trouble ? 5 : note || count('bad') ? 10 : 60;  // seconds
-  timer = setTimeout(() => { note = ''; tick(); }, 1000 * (watched && !trouble ? 1 : calm));
-}
-
-function learn(run, fresh) {  // which job to show, and whether to go on asking for it
-  const known = JSON.stringify(fresh.tokens.map(token => token.lastAttempt));
-  if (live(job) && watched && !run) note = 'The server no longer knows the run; was it restarted?';
-  if (live(run) || run && watched !== 'jobs/latest') job = {...run, known};
-  else if (watched || job && job.known !== known) job = null;  // something newer has happened elsewhere
-  follow(live(run) ? 'jobs/' + run.jobId : '');
-}
-
-function lock() {
-  note = key && 'The server did not accept the key.';
-  keep('');
-  [report, job, trouble, locked] = [null, null, null, true];
-  render();
-  $('key').focus();
+  clearTimeout(timer);
+  if (locked()) return $('key').focus();
+  const seconds = saved.job ? 1 : document.hidden ? 600 : note || trouble || count('bad') ? 10 : 60;
+  timer = setTimeout(() => { note = ''; look(); }, 1000 * seconds);
 }
 
 async function generate(mode, apiNames) {
-  clearTimeout(timer);
-  [starting, note, turn] = [true, '', turn + 1];
+  [note, job] = ['', {state: 'RUNNING', results: []}];  // about to start
   render();
   try {
     const run = await call('generate', {mode, apiNames, flow: $('flow').value});
-    const results = run.apiNames.map(apiName => ({apiName, state: 'PENDING', message: ''}));
-    job = {...run, message: '', results};
-    follow('jobs/' + run.jobId);
+    saved.job = 'jobs/' + run.jobId;
     ticked().forEach(box => { box.checked = false; });
   } catch (error) {
     note = error.status ? error.message : 'No answer came. If the run has begun, it will show here.';
-    if (!error.status || error.status === 409) watched = 'jobs/latest';  // whose run is it?
+    job = null;
+    saved.job = 'jobs/latest';  // perhaps another run is in the way
   }
-  starting = false;
-  render();
-  tick();
+  look();
 }
 
 function when(text) {  // '2026-11-26 03:30:00' reads '26 Nov 03:30'
-  const day = new Date(`${text}`.slice(0, 16).replace(' ', 'T') + 'Z');
+  const day = new Date(String(text).slice(0, 16).replace(' ', 'T') + 'Z');
   const form = {day: 'numeric', month: 'short', hour: '2-digit', minute: '2-digit', timeZone: 'UTC'};
-  return isNaN(day) ? text || '' : day.toLocaleString('en-GB', form).replace(',', '');
+  return isNaN(day) ? text : day.toLocaleString('en-GB', form).replace(',', '');
 }
 
-function plain(words) {  // the server's words, with this page's names for the ways to log in
-  const named = (all, way) => all.replaceAll('--flow ' + way.value, `“${way.text}”`);
-  return [...$('flow').options].reduce(named, words);
-}
-
-function headline() {  // colour, words for the tab, sentence on top, line below it
-  if (locked) return ['none', 'Key needed', 'This server asks for its key.',
+function headline() {  // colour, sentence on top, line below it
+  if (locked() && saved.secret) return ['bad', 'This server asks for its key.', 'It did not accept this one.'];
+  if (locked()) return ['none', 'This server asks for its key.',
     'It is UPSTOX_SERVE_KEY of the server. This tab keeps it until it is closed.'];
-  if (trouble) return ['bad', ...trouble];
-  if (starting) return ['busy', 'Starting', 'Starting the run…', GOES_ON];
-  if (live(job)) {
-    const done = `${job.results.filter(one => one.state === 'DONE').length} of ${job.results.length} done`;
-    if (job.state === 'RUNNING') return ['busy', done, `Generating: ${done}.`, job.message || GOES_ON];
-    return ['wait', 'Your turn', `Your turn: ${done}.`, yourTurn(job.message)];
-  }
-  if (!report) return ['none', 'Checking', 'Checking the tokens…', ''];
-  const none = count('none'), bad = count('bad'), s = bad > 1 ? '' : 's', n = report.tokens.length;
-  const line = job ? lastRun() : none ? `For ${none} the broker gave no verdict; “Generate missing” leaves `
-    + (none > 1 ? 'them alone.' : 'it alone.') : '';
-  if (bad) return ['bad', `${bad} need${s} a login`, `${bad} of ${n} tokens need${s} generating.`, line];
-  if (none) return ['none', `${none} without verdict`, `${n - none} of ${n} tokens are valid.`, line];
-  const until = when(report.tokens.map(token => token.validityAt).sort()[0]);
-  const all = n > 1 ? `All ${n} tokens are` : 'The token is';
-  return ['good', 'All valid', `${all} valid until ${until}.`, line];
+  if (trouble?.status) return ['bad', 'The server could not check the tokens.', trouble.message];
+  if (trouble) return ['bad', 'The server does not answer.', 'The table is as of the last check.'];
+  if (live(job)) return progress();
+  if (!report.checkedAt) return ['none', 'Checking the tokens…', ''];
+  const all = report.tokens.length, bad = count('bad'), unknown = count('none');
+  const counted = job && job.message.split(/ [^ ]+: (?:failed|not tried): /)[0];  // the table says why
+  const line = job ? `Last run, ${when(job.seen)}: ${counted}` : '';
+  if (bad) return ['bad', `${bad} of ${all} tokens need${bad > 1 ? '' : 's'} generating.`, line];
+  if (unknown) return ['none', `${all - unknown} of ${all} tokens are valid, ${unknown} unknown.`, line];
+  const until = report.tokens.map(token => token.validityAt).sort()[0];
+  const every = all > 1 ? `All ${all} tokens are` : 'The token is';
+  return ['good', `${every} valid until ${when(until)}.`, line];
 }
 
-function yourTurn(message) {
-  return message.replace(/[.]$/, '') + (/approv/i.test(message)
-    ? '. Open the Upstox app on the phone and approve there; the run goes on by itself.'
-    : '. The window is on the server’s screen; the run waits up to 5 minutes and goes on by itself.');
+function progress() {
+  const done = job.results.filter(one => one.state === 'DONE').length;
+  const sum = job.results.length ? `${done} of ${job.results.length} done.` : 'starting…';
+  if (job.state === 'RUNNING')
+    return ['busy', 'Generating: ' + sum, 'The run goes on even when this page is closed.'];
+  const how = /approv/i.test(job.message) ? 'Open the Upstox app there.'
+    : 'The window is on the server’s screen and waits up to 5 minutes.';
+  return ['wait', 'Your turn: ' + sum, `${job.message}. ${how} The run goes on by itself.`];
 }
 
-function lastRun() {  // how the job ended; a reason that the table shows is not said again
-  const inTable = one => one.state !== 'DONE' && one.message && job.message.includes(one.message);
-  const told = job.results.find(inTable);
-  if (!told) return 'Last run: ' + job.message;
-  return `Last run: ${job.message.split(told.apiName + ':')[0]}The table says why.`;
-}
-
-function story(token, {state, message}, told) {  // what happened last: colour, first words, the rest
-  const last = token.lastAttempt, made = token.generatedAt, failed = last && last.outcome === 'FAILED';
-  const once = text => {  // a long reason is told in full only once
-    if (report.hold && text.includes(report.hold)) return ': logins are on hold, see above.';
-    if (text.length > 60 && told.has(text)) return `: the same as ${told.get(text)}.`;
-    told.set(text, token.apiName);
-    return text && ': ' + plain(text);
-  };
-  if (state && live(job) || state === 'SKIPPED' || state === 'FAILED' && !failed)
-    return [...STEPS[state], state === 'DONE' ? '' : once(message.replace('not tried: ', ''))];
-  if (!last || last.at < made) return ['none', made ? 'Generated ' + when(made) : '–', ''];
-  const way = ` (${WAYS[last.source] || last.source})` + once(last.reason || '');
-  return failed ? ['bad', 'Failed ' + when(last.at), way] : ['none', 'Generated ' + when(last.at), way];
-}
-
-function put(node, values) {  // touches only what changes, so that nothing is announced twice
-  for (const [name, value] of Object.entries(values)) if (node[name] !== value) node[name] = value;
+function story(token, result) {  // what happened last: colour, when and by whom, why
+  const last = token.lastAttempt;
+  if (result && result.state !== 'DONE') return [...STEPS[result.state], result.message];
+  if (result && live(job)) return ['good', 'Generated just now'];
+  if (!last || last.at < token.generatedAt)
+    return ['none', token.generatedAt ? 'Generated ' + when(token.generatedAt) : '–'];
+  const way = ` ${when(last.at)} (${WAYS[last.source] || last.source})`;
+  return last.outcome === 'FAILED' ? ['bad', 'Failed' + way, last.reason || ''] : ['none', 'Generated' + way];
 }
 
 function newRow({apiName}) {
@@ -2749,43 +2696,42 @@ function newRow({apiName}) {
 }
 
 function renderRow(tr, token, told) {
-  const result = job && job.results.find(one => one.apiName === token.apiName) || {state: ''};
-  const done = live(job) && result.state === 'DONE';  // its message is the new status
-  const label = done ? result.message : token.status + (token.reason ? ` (${token.reason})` : '');
-  const until = done || token.status === 'INVALID' ? '' : when(token.validityAt);
-  const [mood, first, rest] = story(token, result, told), [, status, valid, last] = tr.cells;
-  put(tr, {className: tone(label)});
-  put(tr.dataset, {status: label.split(' (')[0], job: result.state});
-  put(status, {textContent: label});
-  put(valid, {textContent: until});
-  put(last, {className: 'job ' + mood});
-  put(last.querySelector('b'), {textContent: first});
-  put(last.querySelector('span'), {textContent: rest});
+  const result = job?.results.find(one => one.apiName === token.apiName);
+  const made = live(job) && result?.state === 'DONE';  // its message is the new status
+  const label = made ? result.message : token.status + (token.reason ? ` (${token.reason})` : '');
+  const until = label === 'VALID' && !made ? 'until ' + when(token.validityAt) : '';
+  const [mood, last, why = ''] = story(token, result);
+  tr.className = tone(label);
+  tr.querySelector('.job').className = 'job ' + mood;
+  say(tr.querySelector('.status'), label);
+  say(tr.querySelector('.until'), until);
+  say(tr.querySelector('.job b'), last);
+  say(tr.querySelector('.job span'), told.has(why) ? ': as above.' : why && ': ' + plain(why));
+  if (why.length > 60) told.add(why);  // a long reason is told only once
 }
 
 function render() {
-  const all = report ? report.tokens : [], shown = [...$('body').rows].map(tr => tr.dataset.api);
-  const held = document.activeElement, told = new Map();
-  const same = all.map(token => token.apiName).join() === shown.join();
-  if (!same) $('body').replaceChildren(...all.map(newRow));
-  all.forEach((token, i) => renderRow($('body').rows[i], token, told));
-  const [mood, title, sentence, line] = headline(), need = count('bad'), picked = ticked().length;
-  const busy = Boolean(!report || live(job) || starting || trouble), hold = report && report.hold || '';
-  const onHold = `Logins are on hold: ${hold.replace(/[.]$/, '')}. Correct the settings, or go ahead from `
-    + 'the menu on the server. Approval on the phone works all the same.';
-  const failed = note || trouble || job && job.state === 'FAILED';
-  const page = {
-    main: {className: live(job) || starting ? 'live' : ''}, card: {className: mood},
-    summary: {textContent: sentence}, hold: {hidden: !hold, textContent: onHold},
-    notice: {textContent: plain(note || line), className: failed ? 'bad' : ''},
-    missing: {textContent: `Generate missing (${need})`, disabled: busy || !need},
-    selected: {textContent: `Generate selected (${picked})`, disabled: busy || !picked},
-    all: {disabled: busy}, flow: {disabled: busy}, actions: {hidden: locked || mood === 'wait'},
-    checked: {textContent: report ? 'Checked ' + report.checkedAt.slice(11) : ''}, refresh: {hidden: locked},
-    keyform: {hidden: !locked}, tokens: {hidden: locked}, footer: {hidden: !report}};
-  for (const [id, values] of Object.entries(page)) put($(id), values);
-  document.title = title + ' - Upstox tokens';
-  if (held.disabled || held.closest('[hidden]')) $('summary').focus();  // never lost to the body
+  const {tokens} = report, rows = $('body').rows, held = document.activeElement, told = new Set();
+  if ([...rows].map(tr => tr.dataset.api).join() !== tokens.map(token => token.apiName).join())
+    $('body').replaceChildren(...tokens.map(newRow));
+  tokens.forEach((token, i) => renderRow(rows[i], token, told));
+  const [mood, sentence, line] = headline();
+  document.title = sentence + ' Upstox tokens';
+  $('card').className = mood;
+  say($('summary'), sentence);
+  say($('hold'), report.hold ? `Logins are on hold: ${report.hold}. Correct the settings, or go ahead from `
+    + 'the menu on the server. Approval on the phone works all the same.' : '');
+  say($('notice'), plain(note || line));
+  $('notice').className = note || job?.state === 'FAILED' ? 'bad' : '';
+  say($('checked'), report.checkedAt ? `Checked ${report.checkedAt.slice(11)}, server’s time` : '');
+  say($('selected'), `Generate selected (${ticked().length})`);
+  $('missing').disabled = !count('bad');
+  $('selected').disabled = !ticked().length;
+  $('actions').disabled = !report.checkedAt || live(job) || trouble;
+  $('actions').hidden = $('tokens').hidden = locked();
+  $('keyform').hidden = !locked();
+  const lost = !held.isConnected || held.matches(':disabled') || held.closest('[hidden]');
+  if (lost) $('summary').focus();  // never to the body
 }
 
 $('body').onchange = render;
@@ -2794,15 +2740,12 @@ $('selected').onclick = () => generate('PARTIAL', ticked().map(box => box.value)
 $('all').onclick = () => $('confirm').showModal();
 $('confirm-no').onclick = () => $('confirm').close();
 $('confirm-yes').onclick = () => { $('confirm').close(); generate('ALL'); };
-$('refresh').onclick = () => { put($('checked'), {textContent: 'Checking…'}); tick(); };
-$('keyform').onsubmit = () => { keep($('key').value); $('keyform').reset(); tick(); return false; };
-document.onvisibilitychange = () => tick();
-window.onstorage = change => {  // another tab has started a run
-  if (change.key === 'job' && change.newValue) { watched = change.newValue; tick(); }
-};
+$('refresh').onclick = () => { say($('checked'), 'Checking…'); look(); };
+$('keyform').onsubmit = () => { saved.secret = $('key').value; $('keyform').reset(); look(); return false; };
+document.onvisibilitychange = () => look();
 $('flow').value = 'FLOW';
 render();
-tick();
+look();
 </script>
 </body>
 </html>
