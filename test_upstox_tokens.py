@@ -38,6 +38,7 @@ What is known of the broker -> the switch that shows it ("always": without one)
     PIN: how a refusal is worded is unknown; unknown, missing and empty words -> pin_answer
     PIN: the fifth wrong one locks, 1017090; the field stays, the button says unlock -> always
     PIN: none set yet, dormant account -> create_pin, pin_answer
+    PIN: "Hi there!" becomes the name once it is known -> late_name
     a browser that knows the phone starts with an OTP request of its own -> lead_phone
     connection lost: "Request aborted [500]" -> ..._answer: reset
 
@@ -237,6 +238,7 @@ class Switches:
     otp_autosubmit: int | None = None  # the sixth digit submits the form, this many ms later
     pin_autosubmit: int | None = None
     clears: str = ""  # id of a field that empties itself once it is complete
+    late_name: int | None = None  # ms after the PIN's last digit until the heading knows the name
     spinner: int = 0  # ms of an overlay once a field is complete (chromedriver waits about 1000)
     rerender: int = 0  # new nodes every so many ms (below 100 nobody can type)
     leave_on_input: str = ""  # id of a field: typing there moves the page to the foreign host
@@ -270,7 +272,7 @@ class Switches:
 PAGE_SWITCHES = (  # what the login page itself has to know
     "page", "remember", "lead_phone", "otp_mask", "otp_button_always_enabled", "rename", "spinner",
     "keep_hidden_inputs", "toast_ms", "captcha", "captcha_form", "otp_autosubmit", "pin_autosubmit",
-    "clears", "rerender", "leave_on_input", "hooks", )
+    "clears", "rerender", "leave_on_input", "hooks", "late_name", )
 
 BLANK_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Login to Upstox</title></head>
@@ -326,7 +328,8 @@ const STEPS = [
       <span data-qa="info-message" data-text="info"></span><div data-text="alert"></div>
       ${button("continueBtn", CFG.otp_button_always_enabled ? "" : undefined)}</form>
     <a id="resend" data-text="resend"></a>`,
-  () => `<h2>${hasPin() ? `Hi ${profile().firstName || "there!"}` : NEW_PIN}</h2>
+  () => `<h2>${hasPin() ? `Hi ${CFG.late_name === null && profile().firstName || "there!"}` :
+      NEW_PIN}</h2>
     <form id="secret-pin-form">
       <label for="${idOf("pinCode")}">${hasPin() ? "Enter 6-digit PIN" : NEW_PIN}</label>
       ${field("pinCode", 'type="password" inputmode="numeric" maxlength="6" required autofocus')}
@@ -519,6 +522,9 @@ function complete(name) {
   };
   const wait = {otpNum: CFG.otp_autosubmit, pinCode: CFG.pin_autosubmit}[name] ?? null;
   if (CFG.spinner) add(document.body, COVER, CFG.spinner);
+  if (CFG.late_name !== null && name === "pinCode") setTimeout(() => {
+    document.querySelector("h2").textContent = `Hi ${profile().firstName}`;
+  }, CFG.late_name);
   if (wait !== null) setTimeout(() => {
     if (state.busy || state.step !== step) return;
     if (CFG.clears === name) state[name] = value;
@@ -1831,7 +1837,7 @@ def status_rows() -> list[tuple[str, list[dict[str, Any]]]]:
               None, "", "yesterday", b"\xff", 0, -1, 2**63 - 1, 9_000_000_000_000_000, 1e300,
               9e6 + 0.5, "9999-12-31 23:59:59"),
         *each("VALID", "validity_at", " 2025-11-26 03:30:00 ", "2025-11-26T03:30:00.123456",
-              "2025-11-25T22:00:00.000Z", "2025-11-26 03:30:00+05:30", "2025-11-26 03:30",
+              "2025-11-25T04:30:01Z", "2025-11-26 03:30:00+05:30", "2025-11-26 03:30",
               b"2025-11-26 03:30:00"),
         *each("EXPIRED (validity unreadable)", "validity_at", None, "", "soon", b"\xff\xfe",
               "2025-11-26 3:30:00", "2025-13-45 03:30:00", "2025-11-26 03:30:00x", 1764108000000,
@@ -2255,6 +2261,17 @@ class RunTest(Case):
         self.table(work, itertools.product(
             (("profile", "--status"), ("dialog", "--mode ALL")), stops), workers=2)
         self.assertEqual([signal.getsignal(signum) for signum in stops], handlers)
+
+    def test_ignored_signal(self) -> None:
+        """What its caller ignores (nohup) is ignored; the first of these would have ended it."""
+        world = self.world(apps=1, profile_delay=60)
+        world.seed_valid()
+        process = world.start("--status", preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_IGN))
+        world.until(lambda: world.broker.count("profile"))
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(world.finish(process).code, 143)
 
 
 # ==== Configuration ===============================================================================
@@ -3119,7 +3136,7 @@ sys.exit(f'ended with {codes}' if any(codes) else 0)"""
         text = PROGRAM.read_text(encoding="utf-8")
         lengths = {node.name: node.end_lineno - node.lineno + 1
                    for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)}
-        self.assertLessEqual(len(text.splitlines()), 3550)
+        self.assertLessEqual(len(text.splitlines()), 3470)
         self.assertLessEqual(max(map(len, text.splitlines())), 120)
         self.assertEqual({name: lines for name, lines in lengths.items() if lines > 45}, {})
 
@@ -3298,6 +3315,7 @@ class VariantTest(LoginCase):
         ({"clock_offset": -19, "page_delay": 0.5}, [
             {}, {"stale_identity": True}, {"redirect_delay": 1, "pin_autosubmit": 150},
             {"step_delay": 2, "spinner": 1500}, {"dialog_answer": "direct"}], (2, 2, 4)),
+        ({}, [{"late_name": 150}, {"late_name": 0}], (1, 1, 2)),
         ({"captcha": "auto", "captcha_seconds": 0.3, "remember": False}, [
             {"captcha_form": "page"}, {"captcha_form": "explicit"}, {"captcha_form": "frame"}],
          (3, 3, 3)),
@@ -3390,7 +3408,9 @@ LOGINS: list[Any] = [
     slow(Login({"mobile_answer": ["reset"]}, 1, ["lost its connection", ""], (2, 1, 1))),
     # two codes that were not taken are enough
     codes([WRONG_OTP], 0, ["", ""], (1, 2, 2)),
-    codes([WRONG_OTP] * 2, 3, ["TOTP.*UPSTOX_TOTP", "not tried.*PRIMARY"], (1, 2, 0), True),
+    codes(["Invalid OTP. Please resend OTP and try again [1017070]"] * 2, 3,
+          ["TOTP.*UPSTOX_TOTP", "not tried.*PRIMARY"], (1, 2, 0), True),
+    slow(codes([WRONG_OTP] * 2, 3, ["TOTP.*UPSTOX_TOTP", "not tried.*PRIMARY"], (1, 2, 0), True)),
     slow(codes(["Incorrect code", "Invalid OTP [1017555]"], 3, ["TOTP.*UPSTOX_TOTP", "not tried"],
                (1, 2, 0), True)),
     slow(codes(["1017076"] * 9, 3, ["session", "session", "not tried"], (2, 2, 0), True)),
@@ -3496,6 +3516,8 @@ class PinTest(LoginCase):
         ({"pin_answer": "1017079"}, "session.*PIN had been sent", False, 1, 1),
         ({"pin_answer": WRONG_PIN}, "refused the PIN .*UPSTOX_PIN", True, 3, 1),
         ({"pin_answer": "Invalid PIN. Try again"}, "refused the PIN .*UPSTOX_PIN", True, 3, 1),
+        ({"pin_answer": "Incorrect PIN. Use Forgot PIN to resend an OTP [1017073]"},
+         "refused the PIN .*UPSTOX_PIN", True, 3, 1),
         ({"pin_answer": "1017090"}, "locked.*Unlock", True, 3, 1),
     ]
     RARE_ANSWERS: list[Any] = [
@@ -4817,7 +4839,7 @@ class DeliveryTest(PhoneCase):
     def test_replay_and_deadline(self) -> None:
         """An old delivery again, with and without a request outstanding; a late one.
 
-        The expiry may be text or a number.
+        The expiry may be text or a number. A request that the broker refused is none.
         """
         def approve(form: type) -> dict[str, Any]:
             expiry = NOW + 5000
@@ -4838,7 +4860,10 @@ class DeliveryTest(PhoneCase):
         approve(int)
         more = world.broker.delivery("PRIMARY")
         self.assertIn("nothing was asked for", self.refused(world, more))
-        world.broker.switches.v3_seconds = 1
+        world.broker.switches.v3_answer = "UDAPI1155"
+        self.request(world, "PRIMARY")
+        self.assertIn("nothing was asked for", self.refused(world, more))
+        world.broker.switches.v3_answer, world.broker.switches.v3_seconds = None, 1
         self.request(world, "PRIMARY")
         self.assertEqual(world.ended()["state"], "FAILED")
         late = world.broker.delivery("PRIMARY")

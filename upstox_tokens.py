@@ -1439,7 +1439,11 @@ class Browser:
         """Start driver and browser, or LoginFailed with what is missing."""
         silence_selenium()
         driver_path, browser_path = find_driver(self.environ)
-        profile = self.spawn(driver_path)
+        try:
+            profile = self.spawn(driver_path)
+        except OSError as error:
+            raise LoginFailed(f"the browser could not be started ({error.strerror}). {INSTALL_BROWSER}",
+                              THIS_RUN) from None
         [address] = run_within(DRIVER_SECONDS, "", driver_address, [self.keeper.stdout])
         if not address:  # its random port may be taken on one of its two addresses
             raise PageFault("chromedriver did not start")
@@ -1583,18 +1587,30 @@ EVENTS = {"otp": "CODE", "pin": "PIN"}  # what the audit rows call them
 Move = tuple[str, Any]
 
 
+TOAST = re.compile(r"(.*)\[([0-9]{7}|[0-9]{3})\]")
+# what changes on a page in good order: the resend countdown, a success, the greeting once the name is known
+HARMLESS = re.compile(r"resen[dt]|successfully|^\s*hi\b", re.I)
+
+
 def news(view: View, before: str | None) -> list[str]:
-    """The lines that the page did not show `before` the last entry; a countdown or a success is no news."""
+    """The lines that the page did not show `before` the last entry. What is harmless, and a line of which only
+    the numbers have changed, is no news, unless it refuses something."""
     if before is None:
         return []
-    known = set(before.splitlines())
-    lines = (line for line in view.text.splitlines() if line.strip() and line not in known)
-    return [printable(line, 200) for line in lines if not re.search("resen[dt]|successfully", line, re.I)]
+
+    def without_numbers(line: str) -> str:
+        return re.sub("[0-9]+", "", line)
+
+    known, counters = set(before.splitlines()), set(map(without_numbers, before.splitlines()))
+    lines = [line for line in view.text.splitlines() if line.strip() and line not in known]
+    return [printable(line, 200) for line in lines
+            if REFUSAL.search(line) or TOAST.search(line)
+            or not (HARMLESS.search(line) or without_numbers(line) in counters)]
 
 
 def toast(lines: Sequence[str]) -> tuple[str, str]:
     """(message, code) of the newest line with a code in brackets, as the page's error toasts have it."""
-    found = [match for line in lines if (match := re.search(r"(.*)\[([0-9]{7}|[0-9]{3})\]", line))]
+    found = [match for line in lines if (match := TOAST.search(line))]
     return (found[-1][1].strip(), found[-1][2]) if found else ("", "")
 
 
