@@ -1,6 +1,6 @@
 """Tests of upstox_tokens.py, and an imitation of the broker that everything here runs against.
 
-    python test_upstox_tokens.py              all tests, side by side, on loopback only (2 minutes)
+    python test_upstox_tokens.py              all tests, side by side, on loopback only (<2 minutes)
     python -m unittest -v                     the same, one after the other; takes a Class.test too
     python test_upstox_tokens.py rehearse     the real program and a real browser, then gone
     python test_upstox_tokens.py stress       everything in full numbers, rows marked slow included
@@ -3481,6 +3481,16 @@ class FailureTest(LoginCase):
             done = world.call("--check", DISPLAY=":0")
             self.assertRegex(done.out, f"(?m)^login page +: {row.said[0].replace('failed: ', '')}")
             self.assertEqual((done.code, world.sent(), world.snapshot()), (1, (0, 0, 0), before))
+
+    def test_token_that_the_broker_does_not_take(self) -> None:
+        """It is stored all the same, found dead, and marked so for its readers."""
+        world = self.world(1, moment=NOON, profile_answer="401")
+        done = world.call("--mode", "ALL")
+        self.assertEqual(done.code, 1, done.err)
+        self.assertTrue(done.out.startswith(summary(PRIMARY="INVALID (401)")), done.out)
+        self.assertRegex(done.out, r"(?m)^PRIMARY: failed: .*does not take it \(401\)\. Run again")
+        row, = world.rows()
+        self.assertEqual((row["access_token"], row["is_active"]), (*world.broker.tokens, 0))
 
     def test_browser_dies(self) -> None:
         """Before a secret was typed: once more. While the PIN is under way: never."""
