@@ -1587,9 +1587,10 @@ EVENTS = {"otp": "CODE", "pin": "PIN"}  # what the audit rows call them
 Move = tuple[str, Any]
 
 
-TOAST = re.compile(r"(.*)\[([0-9]{7}|[0-9]{3})\]")
-# what changes on a page in good order: the resend countdown, a success, the greeting once the name is known
-HARMLESS = re.compile(r"resen[dt]|successfully|^\s*hi\b", re.I)
+# patterns, compiled when a login needs them: a message with the page's code in brackets; what changes on a page
+# in good order (the resend countdown, a success, the greeting once the name is known)
+TOAST = r"(.*)\[([0-9]{7}|[0-9]{3})\]"
+HARMLESS = r"(?i)resen[dt]|successfully|^\s*hi\b"
 
 
 def news(view: View, before: str | None) -> list[str]:
@@ -1597,20 +1598,20 @@ def news(view: View, before: str | None) -> list[str]:
     the numbers have changed, is no news, unless it refuses something."""
     if before is None:
         return []
+    known = set(before.splitlines())
+    counters = {re.sub("[0-9]+", "", line) for line in known}
 
-    def without_numbers(line: str) -> str:
-        return re.sub("[0-9]+", "", line)
+    def is_new(line: str) -> bool:
+        if REFUSAL.search(line) or re.search(TOAST, line):
+            return line not in known
+        return not re.search(HARMLESS, line) and re.sub("[0-9]+", "", line) not in counters
 
-    known, counters = set(before.splitlines()), set(map(without_numbers, before.splitlines()))
-    lines = [line for line in view.text.splitlines() if line.strip() and line not in known]
-    return [printable(line, 200) for line in lines
-            if REFUSAL.search(line) or TOAST.search(line)
-            or not (HARMLESS.search(line) or without_numbers(line) in counters)]
+    return [printable(line, 200) for line in view.text.splitlines() if line.strip() and is_new(line)]
 
 
 def toast(lines: Sequence[str]) -> tuple[str, str]:
     """(message, code) of the newest line with a code in brackets, as the page's error toasts have it."""
-    found = [match for line in lines if (match := TOAST.search(line))]
+    found = [match for line in lines if (match := re.search(TOAST, line))]
     return (found[-1][1].strip(), found[-1][2]) if found else ("", "")
 
 
@@ -2208,6 +2209,14 @@ def approval_end(run: Run, app: App, answer: Answer) -> float:
     return expiry
 
 
+def note_deadline(run: Run, app: App, until: float) -> None:
+    """Put on disk until when an approval may come; a database that cannot take it now stops nothing."""
+    try:
+        amend_request(run.path, run.run_id, app.name, int(until * 1000))
+    except DatabaseError as error:
+        run.tell(app.name, f"the audit row was not written: {error}")
+
+
 def await_deliveries(run: Run, before: Mapping[str, str], ends: dict[App, float]) -> None:
     """Watch the database, whoever receives, until every app is settled or its time is over."""
     ctx = run.ctx
@@ -2249,18 +2258,13 @@ def generate_by_phone(run: Run) -> None:
             run.settle(app.name, "FAILED", f"no approval is asked for that cannot be noted first. {error}")
     ask = functools.partial(request_approval, run.config)
     for app, answer in zip(apps, run_within(PROFILE_SECONDS, NO_ANSWER, ask, apps)):
-        deadline = 0
         try:
             ends[app] = approval_end(run, app, answer)
-            deadline = int(ends[app] * 1000)
+            note_deadline(run, app, ends[app])
         except LoginFailed as failure:
+            if error_code(answer)[0]:  # an answer that was lost may be followed by an approval all the same
+                note_deadline(run, app, 0)
             run.settle(app.name, "FAILED", str(failure))
-            if not error_code(answer)[0]:  # an answer that was lost may be followed by an approval
-                continue
-        try:
-            amend_request(run.path, run.run_id, app.name, deadline)
-        except DatabaseError as error:
-            run.tell(app.name, f"the audit row was not written: {error}")
     await_deliveries(run, before, ends)
     for app in ends:
         run.settle(app.name, "SKIPPED", "the program was stopped")
@@ -2291,11 +2295,13 @@ def account_owner(config: Config, path: Path, now: float) -> str:
     rows = read_tokens(path)
     alive = [rows[app.name] for app in config.apps
              if judge_stored(rows.get(app.name), app.client_id, now) is None]
-    answers = ask_profiles(config, alive)
-    for answer in answers:
-        if judge_profile(answer)[0] == "VALID" and answer.data():
+    words = set()
+    for answer in ask_profiles(config, alive):
+        word, _ = judge_profile(answer)
+        if word == "VALID" and answer.data():
             return text_of(answer.data().get("user_id"))
-    if any(judge_profile(answer)[0] == "UNKNOWN" for answer in answers):
+        words.add(word)
+    if "UNKNOWN" in words:
         raise TokenError("the broker cannot tell now whose the tokens so far are")
     return ""
 
