@@ -1837,7 +1837,7 @@ def status_rows() -> list[tuple[str, list[dict[str, Any]]]]:
               None, "", "yesterday", b"\xff", 0, -1, 2**63 - 1, 9_000_000_000_000_000, 1e300,
               9e6 + 0.5, "9999-12-31 23:59:59"),
         *each("VALID", "validity_at", " 2025-11-26 03:30:00 ", "2025-11-26T03:30:00.123456",
-              "2025-11-25T04:30:01Z", "2025-11-26 03:30:00+05:30", "2025-11-26 03:30",
+              "2025-11-25T04:30:01.000Z", "2025-11-26 03:30:00+05:30", "2025-11-26 03:30",
               b"2025-11-26 03:30:00"),
         *each("EXPIRED (validity unreadable)", "validity_at", None, "", "soon", b"\xff\xfe",
               "2025-11-26 3:30:00", "2025-13-45 03:30:00", "2025-11-26 03:30:00x", 1764108000000,
@@ -4408,7 +4408,6 @@ class JobTest(WebCase):
         self.assertEqual([result["apiName"] for result in world.job()["results"]], TWO)
         self.assertEqual((len(world.ask().json["valid"]), world.broker.count("dialog")), (3, 3))
         world.server.kill()
-
 
     def test_hold(self) -> None:
         """Told in status and jobs; nothing is tried until the env file is mended."""
