@@ -44,7 +44,7 @@ What is known of the broker -> the switch that shows it ("always": without one)
 
 Nobody has seen these; a changed page, or a stranger in between, would look like it: rename,
 page="terms", the answers terms, consent, silent and foreign, leave_on_input, clears,
-pin_autosubmit, keep_hidden_inputs, hooks, down, and the API's hang, drip, endless, gzip,
+pin_autosubmit, unguarded, keep_hidden_inputs, hooks, down, and the API's hang, drip, endless, gzip,
 header_flood and truncated.
 
 Known facts without a switch: the old login hosts and forms, Android and iOS pages, the QR login
@@ -237,6 +237,7 @@ class Switches:
     # what the login page does while something is typed
     otp_autosubmit: int | None = None  # the sixth digit submits the form, this many ms later
     pin_autosubmit: int | None = None
+    unguarded: bool = False  # the page would send again what it is sending already
     clears: str = ""  # id of a field that empties itself once it is complete
     late_name: int | None = None  # ms after the PIN's last digit until the heading knows the name
     spinner: int = 0  # ms of an overlay once a field is complete (chromedriver waits about 1000)
@@ -272,7 +273,7 @@ class Switches:
 PAGE_SWITCHES = (  # what the login page itself has to know
     "page", "remember", "lead_phone", "otp_mask", "otp_button_always_enabled", "rename", "spinner",
     "keep_hidden_inputs", "toast_ms", "captcha", "captcha_form", "otp_autosubmit", "pin_autosubmit",
-    "clears", "rerender", "leave_on_input", "hooks", "late_name", )
+    "unguarded", "clears", "rerender", "leave_on_input", "hooks", "late_name", )
 
 BLANK_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Login to Upstox</title></head>
@@ -428,7 +429,7 @@ const toast = text => add($("modalRoot").nextElementSibling,
   "margin:8px;padding:12px;background:#222;color:#fff", CFG.toast_ms + 300, text);
 
 // ---- the calls behind the steps
-const busy = on => (state.busy = on, refresh());
+const busy = on => (state.busy = on && !CFG.unguarded, refresh());
 async function call(path, data) {
   busy(true);
   const options = {method: "POST", headers: {"Content-Type": "application/json"},
@@ -3315,6 +3316,9 @@ class VariantTest(LoginCase):
         ({"clock_offset": -19, "page_delay": 0.5}, [
             {}, {"stale_identity": True}, {"redirect_delay": 1, "pin_autosubmit": 150},
             {"step_delay": 2, "spinner": 1500}, {"dialog_answer": "direct"}], (2, 2, 4)),
+        ({"remember": False, "unguarded": True, "step_delay": 0.1}, [
+            {"otp_autosubmit": 0, "pin_autosubmit": 100},
+            {"otp_autosubmit": 100, "pin_autosubmit": 0}], (2, 2, 2)),
         ({}, [{"late_name": 150}, {"late_name": 0}], (1, 1, 2)),
         ({"captcha": "auto", "captcha_seconds": 0.3, "remember": False}, [
             {"captcha_form": "page"}, {"captcha_form": "explicit"}, {"captcha_form": "frame"}],

@@ -116,7 +116,7 @@ READ_SECONDS, PROOF_SECONDS, STORE_SECONDS = 10, 30, 60  # patience with a locke
 PAGE_SECONDS, OUTCOME_SECONDS = 30, 60  # for a page to show a step, for the broker to judge an entry
 CAPTCHA_SECONDS, CAPTCHA_HEADED_SECONDS = 15, 300
 KEYS_SECONDS = 5  # for a field to show what was typed
-SETTLE_SECONDS = 0.5  # to watch whether the PIN's page submits by itself, before its first press
+SETTLE_SECONDS = 0.25  # to watch whether a page sends a code or PIN by itself, before its first press
 DRIVER_SECONDS = 60  # for chromedriver to start, and to answer a command
 SHARED_SECONDS = 5  # a check younger than this answers the HTTP API again
 PROOFS_AT_ONCE = 8  # deliveries being proven side by side; the others wait their turn
@@ -1725,8 +1725,10 @@ def press_or_wait(view: View, login: Login, waited: float) -> Move | None:
     field, button = (view.items[name] for name in STEPS[step])
     if field["value"] != text or not field["enabled"] or field["submits"] > login.submits:
         return None
-    if step == "pin" and (login.said or waited < login.settle):
-        return None  # it may have been submitted by the page itself
+    if step in EVENTS and waited < (0 if step in login.by_hand else SETTLE_SECONDS):
+        return None
+    if step == "pin" and login.said:
+        return None  # an answer, perhaps, so the page has sent it by itself
     if waited > PAGE_SECONDS:
         raise no_progress(step, f"the page's button stayed disabled or covered after the {ENTRY[step]} was "
                                 "typed.")
@@ -1822,7 +1824,7 @@ class Run:
         self.apps: list[App] = []
         self.progress: dict[str, tuple[str, str]] = {}
         self.waiting = ""  # what a person has to do now
-        self.manual = False  # the PIN's page was seen not to submit by itself
+        self.by_hand: set[str] = set()  # steps whose page was seen not to submit by itself
         self.operator = self.captcha = self.ended = False
         self.problem = ""  # what ended the run itself
 
@@ -1950,7 +1952,7 @@ class Login:
         self.news: list[str] = []  # what it shows now that it did not show then
         self.said = ""  # the newest line of the page since then
         self.old = ""  # a complaint that was dealt with, while the page still shows it
-        self.settle = 0.0 if run.manual else SETTLE_SECONDS
+        self.by_hand = run.by_hand
         self.moved = 0.0  # when there was progress; the page's patience is counted from here
         self.captcha_since: float | None = None
         self.window = 0  # of the TOTP code under way
@@ -2036,7 +2038,7 @@ class Login:
         """Press the step's button, once."""
         if self.browser.press(view, step, len(self.texts[step])):
             self.pressed = True
-            self.run.manual = self.run.manual or step == "pin"
+            self.by_hand.add(step)
             self.wait_anew()
         else:
             self.browser.rest(0.1)
