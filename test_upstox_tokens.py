@@ -3637,6 +3637,7 @@ class CheckTest(LoginCase):
     # switches, whether there is a driver, the lines that are not ok
     ROWS: list[Any] = [
         ({}, True, {}),
+        ({"captcha": "auto", "captcha_form": "explicit", "captcha_seconds": 0.3}, True, {}),
         ({}, False, {"browser": "chromedriver.*did not start", "login page": "not opened"}),
         ({"down": True}, True, {"login page": ".", "broker": "no connection|not reach",
                               "clock": "unknown", "PRIMARY": ".", "WEBSOCKET1": "."}),
