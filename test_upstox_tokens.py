@@ -44,8 +44,8 @@ What is known of the broker -> the switch that shows it ("always": without one)
 
 Nobody has seen these; a changed page, or a stranger in between, would look like it: rename,
 page="terms", the answers terms, consent, silent and foreign, leave_on_input, clears,
-pin_autosubmit, unguarded, keep_hidden_inputs, hooks, down, and the API's hang, drip, endless, gzip,
-header_flood and truncated.
+pin_autosubmit, unguarded, counter, keep_hidden_inputs, hooks, down, and the API's hang, drip,
+endless, gzip, header_flood and truncated.
 
 Known facts without a switch: the old login hosts and forms, Android and iOS pages, the QR login
 itself, accounts of several people, extended and analytics tokens, sandbox, logout, static IP rules,
@@ -237,7 +237,9 @@ class Switches:
     # what the login page does while something is typed
     otp_autosubmit: int | None = None  # the sixth digit submits the form, this many ms later
     pin_autosubmit: int | None = None
-    unguarded: bool = False  # the page would send again what it is sending already
+    # the page would send again what it is sending already: by submitting its form, or by a script
+    unguarded: str | None = None
+    counter: int | None = None  # a line that counts, every so many ms, stands beside the PIN
     clears: str = ""  # id of a field that empties itself once it is complete
     late_name: int | None = None  # ms after the PIN's last digit until the heading knows the name
     spinner: int = 0  # ms of an overlay once a field is complete (chromedriver waits about 1000)
@@ -273,7 +275,7 @@ class Switches:
 PAGE_SWITCHES = (  # what the login page itself has to know
     "page", "remember", "lead_phone", "otp_mask", "otp_button_always_enabled", "rename", "spinner",
     "keep_hidden_inputs", "toast_ms", "captcha", "captcha_form", "otp_autosubmit", "pin_autosubmit",
-    "unguarded", "clears", "rerender", "leave_on_input", "hooks", "late_name", )
+    "unguarded", "counter", "clears", "rerender", "leave_on_input", "hooks", "late_name", )
 
 BLANK_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Login to Upstox</title></head>
@@ -314,7 +316,8 @@ function forget() {
 // neither caret nor focus is to be seen: two pictures of the same page are the same
 const field = (name, more) => `<input id="${idOf(name)}" ${more} ${look("display:block;" +
   "margin:8px 0;padding:12px;caret-color:transparent;border:1px solid;outline:none")}>`;
-const button = (name, more = 'type="submit"') => `<button id="${idOf(name)}" ${more}
+const TYPE = `type="${CFG.unguarded === "script" ? "button" : "submit"}"`;
+const button = (name, more = TYPE) => `<button id="${idOf(name)}" ${more}
   ${look("min-width:240px;height:44px;border:1px solid;outline:none")}></button>`;
 const NEW_PIN = "Create a new 6-digit PIN";
 const STEPS = [
@@ -360,6 +363,10 @@ function show(step) {
   // the check runs after the step was painted: a stale login shows the PIN field for a moment
   const lives = CFG.foreign || Number(cookie("auth_identity_token_expiry")) > Date.now();
   if (step === 2 && !lives) setTimeout(reset, 30);
+  if (step === 2 && CFG.counter) count(add(root, "", 0, "This page ends in 999 s"), 999);
+}
+function count(line, left) {
+  setInterval(() => line.textContent = `This page ends in ${left -= 1} s`, CFG.counter);
 }
 function reset() {
   forget();
@@ -506,6 +513,9 @@ document.addEventListener("submit", event => {
   event.preventDefault();
   if (!state.busy && SUBMIT[event.target.id]) SUBMIT[event.target.id]();
 });
+function submit(form) {
+  if (CFG.unguarded === "script") SUBMIT[form.id](); else form.requestSubmit();
+}
 document.addEventListener("input", ({target}) => {
   const name = FIELDS.find(name => idOf(name) === target.id);
   const digits = target.value.replace(/\D/g, ""), pure = digits === target.value;
@@ -528,13 +538,14 @@ function complete(name) {
   }, CFG.late_name);
   if (wait !== null) setTimeout(() => {
     if (state.busy || state.step !== step) return;
-    if (CFG.clears === name) state[name] = value;
-    if (state[name].length === 6) (name === "otpNum" ? verifyOtp : sendPin)();
+    if (CFG.clears === name) state[name] = value, refresh();
+    if (state[name].length === 6) submit($(name).form);
     clear();
   }, wait);
   clear();
 }
 document.addEventListener("click", ({target}) => {
+  if (target.type === "button" && !target.disabled) submit(target.form);
   if (target.id === "resend" && state.resend <= 0 && !state.busy && !state.blocked)
     requestOtp(true);
 });
@@ -3316,10 +3327,13 @@ class VariantTest(LoginCase):
         ({"clock_offset": -19, "page_delay": 0.5}, [
             {}, {"stale_identity": True}, {"redirect_delay": 1, "pin_autosubmit": 150},
             {"step_delay": 2, "spinner": 1500}, {"dialog_answer": "direct"}], (2, 2, 4)),
-        ({"remember": False, "unguarded": True, "step_delay": 0.1}, [
+        ({"remember": False, "unguarded": "script", "step_delay": 0.1}, [
             {"otp_autosubmit": 0, "pin_autosubmit": 100},
             {"otp_autosubmit": 100, "pin_autosubmit": 0}], (2, 2, 2)),
-        ({}, [{"late_name": 150}, {"late_name": 0}], (1, 1, 2)),
+        ({"unguarded": "form", "step_delay": 0.6, "otp_autosubmit": 0, "pin_autosubmit": 0}, [
+            {}], (1, 1, 1)),
+        ({"unguarded": "script", "step_delay": 0.6}, [{}], (1, 1, 1)),
+        ({}, [{"late_name": 150}, {"late_name": 0}, {"counter": 50}], (1, 1, 3)),
         ({"captcha": "auto", "captcha_seconds": 0.3, "remember": False}, [
             {"captcha_form": "page"}, {"captcha_form": "explicit"}, {"captcha_form": "frame"}],
          (3, 3, 3)),
@@ -3526,6 +3540,7 @@ class PinTest(LoginCase):
         ({"pin_answer": "consent"}, 'not know.*"Allow access to your account', False, 3, 1),
         ({"clears": "pinCode", "pin_autosubmit": 0, "pin_answer": "silent"}, "PIN", False, 1, 1),
         ({"pin_autosubmit": 150, "pin_answer": "1017999"}, "something went wrong", False, 1, 1),
+        ({"pin_autosubmit": 0, "pin_answer": DEVANAGARI}, f'PIN.*"{DEVANAGARI[:30]}', False, 1, 1),
         ({"pin_answer": "1017600"}, "request was refused.*PIN had been sent", False, 1, 1),
         ({"pin_answer": "1017079"}, "session.*PIN had been sent", False, 1, 1),
         ({"pin_answer": WRONG_PIN}, "refused the PIN .*UPSTOX_PIN", True, 3, 1),
