@@ -1684,11 +1684,12 @@ class BrowserCase(Case):
         self.addCleanup(self.assert_clean)
 
     def assert_clean(self) -> None:
-        self.assertEqual(list(self.temp.glob("upstox_tokens-*")), [], "profiles left behind")
+        left = [path for path in self.temp.iterdir() if not path.name.startswith("world-")]
+        self.assertEqual(left, [], "profiles left behind")
         end = time.monotonic() + 10  # a crash handler notices by itself that its browser has gone
-        while (left := processes(self.temp)) and time.monotonic() < end:
+        while (alive := processes(self.temp)) and time.monotonic() < end:
             time.sleep(0.05)
-        self.assertEqual(left, {}, "processes left behind")
+        self.assertEqual(alive, {}, "processes left behind")
 
 
 def missing_for_browser() -> str:
@@ -3703,7 +3704,16 @@ class StopTest(LoginCase):
             world.until(lambda: world.broker.count(route) >= requests)
             self.assertEqual(world.call("--mode", "ALL").code, 4)
             # Ctrl-C in a terminal reaches the whole process group
-            (os.killpg if signum == signal.SIGINT else os.kill)(program.pid, signum)
+            send = os.killpg if signum == signal.SIGINT else os.kill
+            send(program.pid, signum)
+            if signum != signal.SIGKILL:  # nor does an impatient operator disturb the cleaning
+                stopped = (RENEWED[generated], "FAILED")
+                world.until(lambda: stopped in world.audit("FAILED"))
+                children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text()
+                send(program.pid, signum)
+                program.wait()
+                left = [pid for pid in children.split() if Path("/proc", pid).exists()]
+                self.assertEqual(left, [], "the program ended before its browser")
             done = world.finish(program)
             self.assertEqual(done.code, code, done.err)
             kept = world.tokens()
