@@ -3776,6 +3776,21 @@ class StopTest(LoginCase):
         self.assertEqual(done.code, 143, done.err)
         self.assertEqual(world.tokens(), {"PRIMARY": next(iter(world.broker.tokens))})
 
+    def test_database_refuses_for_a_while(self) -> None:
+        world = self.world(1, moment=NOON, **DIRECT)
+        old = world.seed_old()
+        world.broker.acts["token"] = lambda _: world.sql(REJECT.format("INSERT"))
+
+        def relent() -> None:
+            world.until(lambda: "cannot be stored yet, trying again" in world.err.getvalue())
+            world.sql("DROP TRIGGER no")
+
+        with meanwhile(relent):
+            done = world.call("--mode", "ALL")
+        self.assertEqual((done.code, world.sent()), (0, (0, 0, 0)), done.err)
+        self.assertEqual(world.tokens(), {"PRIMARY": next(reversed(world.broker.tokens))})
+        self.assertNotEqual(world.tokens(), old)
+
     def test_database_refuses(self) -> None:
         """A database that takes no rows any more, once a login is under way, costs one login."""
         world = self.world(3, moment=NOON)
