@@ -2041,9 +2041,10 @@ class AnswerTest(Case):
             self.assertEqual(done, (int(expected != "VALID"), summary(PRIMARY=expected), ""))
         self.table(work, rows)
         self.assertEqual((world.broker.leaked, world.broker.count("elsewhere")), ([], 0))
-        agents = {request.headers["User-Agent"] for request in world.broker.requests}
-        self.assertEqual((world.snapshot(), agents),
-                         (before, {f"upstox_tokens/{upstox_tokens.__version__}"}))
+        named = {(request.headers["User-Agent"], request.headers["Accept"])
+                 for request in world.broker.requests}
+        self.assertEqual((world.snapshot(), named), (
+            before, {(f"upstox_tokens/{upstox_tokens.__version__}", "application/json")}))
 
     def test_profile_calls_run_side_by_side(self) -> None:
         world = self.world(profile_delay=0.3)
@@ -2060,6 +2061,11 @@ class AnswerTest(Case):
                 done = world.call("--check", "--flow", "V3")
             self.assertEqual((done.code, label(done.out)), (1, expected))
         self.table(work, TOLD)
+
+    def test_redact(self) -> None:
+        """The longest secret first, digits in groups too."""
+        text = upstox_tokens.redact("ab749216cd, 749-216, 74 92 16, x749216", {PIN, f"ab{PIN}cd"})
+        self.assertEqual(text, "[hidden], [hidden], [hidden], x[hidden]")
 
     def test_no_request_outlives_its_deadline(self) -> None:
         """An answer that drips for ever is not read for ever, unseen, in a thread of its own."""
@@ -2089,7 +2095,7 @@ class AnswerTest(Case):
         with Listener() as listener:
             proxy = f"http://127.0.0.1:{listener.port}"
             self.table(work, [
-                ("VALID", api, proxy, ""), (unknown, f"http://127.0.0.1:{free_port()}", proxy, ""),
+                ("VALID", f"{api}/", proxy, ""), (unknown, f"http://127.0.0.1:{free_port()}", proxy, ""),
                 (unknown, api.replace("http:", "https:"), "", ""),
                 # a proxy for https is asked for a tunnel and sees no token
                 (unknown, "https://nobody.upstox.com", proxy, "CONNECT nobody.upstox.com:443 ")])
@@ -3373,6 +3379,7 @@ class Login(NamedTuple):
     sent: tuple[int, int, int]
     browsers: int = 1
     held: bool = False  # whether no unattended run may try again
+    events: str = ""  # of the first app, where they matter
 
 
 def codes(answers: list[str], code: int, said: Sequence[str], sent: tuple[int, int, int],
@@ -3426,7 +3433,8 @@ LOGINS: list[Any] = [
     slow(Login({"mobile_answer": ["hang"]}, 1, ["did not go on", ""], (2, 1, 1))),
     slow(Login({"mobile_answer": ["reset"]}, 1, ["lost its connection", ""], (2, 1, 1))),
     # two codes that were not taken are enough
-    codes([WRONG_OTP], 0, ["", ""], (1, 2, 2)),
+    Login({"otp_answer": [WRONG_OTP]}, 0, ["", ""], (1, 2, 2), events="CODE_SENT CODE_REFUSED "
+          "CODE_SENT CODE_TAKEN PIN_SENT PIN_TAKEN GENERATED"),
     codes(["Invalid OTP. Please resend OTP and try again [1017070]"] * 2, 3,
           ["TOTP.*UPSTOX_TOTP", "not tried.*PRIMARY"], (1, 2, 0), True),
     slow(codes([WRONG_OTP] * 2, 3, ["TOTP.*UPSTOX_TOTP", "not tried.*PRIMARY"], (1, 2, 0), True)),
@@ -3483,6 +3491,8 @@ class FailureTest(LoginCase):
             self.assertEqual(len(set(world.broker.codes)), row.sent[1], "a code was sent twice")
             for name, sentence in zip(world.names, row.said):
                 self.assertEqual(world.tokens()[name] == old[name], bool(sentence), name)
+            events = [outcome for name, outcome in world.audit() if name == "PRIMARY"]
+            self.assertEqual(events, row.events.split() or events)
             if row.held:
                 self.check_nothing_tried(world)
             else:
@@ -3846,7 +3856,7 @@ class PrivacyTest(LoginCase):
             listeners += [Listener(plain, 80), Listener(plain, 443), Listener(tls, 443)]
         for listener in listeners:
             self.addCleanup(listener.__exit__)
-        uris = [f"http://localhost:{given.port}/api/v1/auth/upstox/callback",
+        uris = ["http://vega.trader.example/api/v1/auth/upstox/callback",
                 f"https://localhost:{given.port}/cb",
                 f"http://127.0.0.1:{given.port}/cb?from=x&y=%2F", f"http://{plain}/cb",
                 f"https://{tls}", f"http://[::1]:{given.port}"]
@@ -3859,7 +3869,7 @@ class PrivacyTest(LoginCase):
         self.assertEqual([row["redirect_uri"] for row in world.rows()], uris)
         self.assertEqual([listener.got for listener in listeners[1:]], [[]] * len(listeners[1:]))
         # the browser's own traffic may use the proxy, what belongs to the login may not
-        ours = re.compile(rb"code=|localhost|127\.|\[::1")
+        ours = re.compile(rb"code=|trader|localhost|127\.|\[::1")
         self.assertEqual(list(filter(ours.search, proxy.got)), [])
 
     def configure_by_database(self, world: World, uris: dict[str, str]) -> None:
@@ -4711,6 +4721,8 @@ class PhoneRunTest(PhoneCase):
         self.assertEqual((done.code, done.out), (0, ALL_VALID), done.err)
         self.assertNotIn("arning", done.err)
         self.assertCountEqual(world.broker.details("v3"), APPS)
+        self.assertEqual({request.headers["Content-Type"] for request in world.broker.requests
+                          if "/token/request/" in request.path}, {"application/json"})
         self.assertEqual(noted, [True] * 6)
         self.assertEqual(world.broker.count("dialog"), 0)
         for row in world.rows():
@@ -4729,7 +4741,7 @@ class PhoneRunTest(PhoneCase):
 
     def test_what_cannot_be_noted_is_not_asked_for(self) -> None:
         world = self.phone(apps=1)
-        self.run_v3(world, "--wait", "0.001")  # makes the tables
+        self.assertEqual(self.run_v3(world, "--wait", "0.03", "-q").err, "")  # makes the tables
         world.sql("CREATE TRIGGER full BEFORE INSERT ON upstox_token_audit BEGIN "
                   "SELECT RAISE(ABORT, 'no more rows'); END")
         done = self.run_v3(world, "--wait", "0.001")
@@ -4760,7 +4772,8 @@ class PhoneRunTest(PhoneCase):
         world.seed_guide()
         before = world.tokens()
         done = self.run_v3(world, "--wait", "0.03")
-        self.assertEqual(done.code, 1)
+        waits = re.findall(r"waiting for approval on the phone \(.*\)", done.err)
+        self.assertEqual((done.code, len(waits)), (1, len(set(waits))), done.err)
         self.assertIn("Warning: the broker will deliver to https://other.example.com/[hidden], not "
                       "to UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them", done.err)
         for name in APPS:
