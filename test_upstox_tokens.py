@@ -3647,6 +3647,19 @@ class TotpTest(LoginCase):
             self.assertEqual(world.broker.codes[-1], totp(TOTP_SECRET, NOON + window))
             self.assertEqual(world.moment, NOON + sent)
 
+    def test_overslept(self) -> None:
+        """A machine that sleeps longer than it should wakes up near the end of the next window."""
+        world = self.world(1, moment=NOON + 25.5)
+
+        def oversleep(seconds: float) -> None:
+            world.moment = max(world.moment + seconds, NOON + 58.5)
+
+        world.sleep = oversleep
+        done = world.call("--mode", "ALL")
+        self.assertEqual((done.code, world.broker.codes), (0, [totp(TOTP_SECRET, NOON + 60)]))
+        waits = re.findall(r"PRIMARY: next TOTP code in (\d+) s\n", done.err)
+        self.assertEqual(waits, ["4"], "once, where no terminal is")
+
     def test_taken(self) -> None:
         """A code that led to another page was taken, whatever that page wants."""
         world = self.world(1, moment=NOON, create_pin=True)
@@ -4772,8 +4785,7 @@ class PhoneRunTest(PhoneCase):
         world.seed_guide()
         before = world.tokens()
         done = self.run_v3(world, "--wait", "0.03")
-        waits = re.findall(r"waiting for approval on the phone \(.*\)", done.err)
-        self.assertEqual((done.code, len(waits)), (1, len(set(waits))), done.err)
+        self.assertEqual(done.code, 1)
         self.assertIn("Warning: the broker will deliver to https://other.example.com/[hidden], not "
                       "to UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them", done.err)
         for name in APPS:
