@@ -4462,6 +4462,9 @@ class JobTest(WebCase):
     def test_one_run_at_a_time(self) -> None:
         """409 for others while a job or a run of the command line is at it; looking is free."""
         world = self.served(seed=World.seed_guide, dialog_delay=60)
+        world.sql(REJECT.format("INSERT"))
+        self.assertEqual(world.post({"mode": "ALL"}).code, 503)
+        world.sql("DROP TRIGGER no")  # a run that could not begin is in nobody's way
         holder = world.start("--mode", "PARTIAL", "--apis", "PRIMARY")
         world.until(lambda: world.broker.count("dialog") == 1)
         self.assertEqual(world.post({"mode": "ALL"}).json, {"error": BUSY})
@@ -4761,6 +4764,22 @@ class PhoneRunTest(PhoneCase):
         self.assertNotEqual(done.code, 0)
         self.assertEqual(world.broker.count("v3"), 1)
         self.assertIn("no more rows", done.out + done.err)
+
+    def test_database_locked_for_a_while(self) -> None:
+        """The run does not give up, since the approval may come all the same."""
+        world = self.phone(apps=1, by_app=approvals(0))
+        world.seed()
+        other = sqlite3.connect(world.db, isolation_level=None, check_same_thread=False)
+        world.broker.acts["v3"] = lambda _: other.execute("BEGIN EXCLUSIVE")
+
+        def release() -> None:
+            world.until(lambda: "cannot look for tokens now" in world.err.getvalue())
+            other.execute("ROLLBACK")
+
+        with (contextlib.closing(other), meanwhile(release),
+              mock.patch.multiple(upstox_tokens, READ_SECONDS=0.2)):
+            done = self.run_v3(world)
+        self.assertEqual((done.code, done.out), (0, summary(PRIMARY="VALID")), done.err)
 
     def test_errors(self) -> None:
         world = self.phone(apps=1)
