@@ -435,8 +435,9 @@ class Config(NamedTuple):
         return own - {""}
 
 
-ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)")
-QUOTED = re.compile(r"""(?:'([^']*)'|"([^"]*)")\s*(?:#.*)?""")
+# KEY='value', KEY="value" or KEY=value, and then perhaps a comment
+ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)="
+                      r"""(?:(?:'([^']*)'|"([^"]*)")\s*(?:#.*)?|(?!['"])(.*?)(?:\s#.*)?)""")
 APP_KEY = re.compile(r"UPSTOX_(?:CLIENT_ID|CLIENT_SECRET|API_NAME)_([0-9]{1,3})")
 PLAIN = re.compile(r"[!-~]{1,255}")
 APP_FIELDS = ("API_NAME", "CLIENT_ID", "CLIENT_SECRET")
@@ -449,16 +450,9 @@ def parse_env(text: str, source: str) -> tuple[dict[str, str], list[str]]:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        match = ENV_LINE.fullmatch(line) if line.replace("\t", " ").isprintable() else None
-        value = match[2] if match else ""
-        if quoted := QUOTED.fullmatch(value):
-            value = quoted[1] or quoted[2] or ""
-        elif value.startswith(("'", '"')):
-            match = None
-        else:
-            value = re.sub(r"\s#.*", "", value).strip()
-        if match:
-            settings[match[1]] = value
+        match = ENV_LINE.fullmatch(line)
+        if match and line.replace("\t", " ").isprintable():
+            settings[match[1]] = match[2] or match[3] or (match[4] or "").strip()
         else:
             problems.append(f"{source}, line {number}: expected KEY=value")
     return settings, problems
