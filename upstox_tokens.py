@@ -1016,20 +1016,17 @@ def read_answer(response: http.client.HTTPResponse, end: float) -> Answer:
     return Answer(response.status, body, response.headers.get("Date", ""))
 
 
-def send(config: Config, path: str, seconds: float, *, data: bytes | None = None,
-         **headers: str) -> Answer:
+def send(config: Config, path: str, seconds: float, data: bytes | None = None,
+         headers: Mapping[str, str] = {}) -> Answer:
     """One request to UPSTOX_BASE_URL; GET, or POST when there is data. The deadline covers the body too."""
     end = time.monotonic() + seconds
-    named = {"Accept": "application/json", "User-Agent": f"upstox_tokens/{__version__}"}
-    named |= {name.replace("_", "-"): value for name, value in headers.items()}
-    request = urllib.request.Request(config.base_url + path, data, named)
+    common = {"Accept": "application/json", "User-Agent": f"upstox_tokens/{__version__}"}
+    request = urllib.request.Request(config.base_url + path, data, {**common, **headers})
     try:
         with opener_for(config.base_url.startswith("https:")).open(request, timeout=seconds) as response:
             return read_answer(response, end)
-    except TimeoutError:
-        return NO_ANSWER
     except OSError as error:
-        slow = isinstance(getattr(error, "reason", None), TimeoutError)
+        slow = isinstance(getattr(error, "reason", error), TimeoutError)  # a URLError wraps it
         return NO_ANSWER if slow else Answer(error="no connection")
     except (http.client.HTTPException, ValueError):
         return Answer(error="unexpected answer")
@@ -1039,7 +1036,7 @@ def ask_profiles(config: Config, tokens: Sequence[Token]) -> list[Answer]:
     """GET /v2/user/profile for each token, side by side: the only proof that a token is alive."""
     def ask(token: Token) -> Answer:
         return send(config, "/v2/user/profile", PROFILE_SECONDS,
-                    Authorization=f"Bearer {token.access_token}")
+                    headers={"Authorization": f"Bearer {token.access_token}"})
     return run_within(PROFILE_SECONDS, NO_ANSWER, ask, tokens)
 
 
@@ -1054,14 +1051,14 @@ def exchange_code(config: Config, app: App, code: str) -> Answer:
     form = {"code": code, "client_id": app.client_id, "client_secret": app.client_secret,
             "redirect_uri": app.redirect_uri, "grant_type": "authorization_code"}
     return send(config, "/v2/login/authorization/token", EXCHANGE_SECONDS,
-                data=urllib.parse.urlencode(form).encode())
+                urllib.parse.urlencode(form).encode())
 
 
 def request_approval(config: Config, app: App) -> Answer:
     """Flow V3: ask for a token that the user approves on the phone."""
     path = f"/v3/login/auth/token/request/{urllib.parse.quote(app.client_id, safe='')}"
     body = json.dumps({"client_secret": app.client_secret}).encode()
-    return send(config, path, PROFILE_SECONDS, data=body, Content_Type="application/json")
+    return send(config, path, PROFILE_SECONDS, body, {"Content-Type": "application/json"})
 
 
 def ask_dialogs(ctx: Context, config: Config, apps: Sequence[App]) -> list[tuple[Answer, float]]:
