@@ -817,16 +817,14 @@ def read_tokens(path: Path) -> dict[str, Token]:
     """The newest row of each api_name, in any form that other programs leave."""
     rows = select(path, "SELECT api_name, access_token, client_id, created_at, validity_at, generated_at, "
                         "is_active FROM upstox_tokens ORDER BY id")
-    tokens: dict[str, Token] = {}
+    tokens = []
     for name, token, client_id, created, validity, generated, active in rows:
         shown = [None if value is None else printable(text_of(value), 40) for value in (validity, generated)]
         is_active = text_of(active).strip().lower() not in ("0", "0.0", "false")
-        row = Token(text_of(name), text_of(token), text_of(client_id), parse_created(created),
-                    parse_time(validity), *shown, is_active)
-        older = tokens.get(row.api_name)
-        if older is None or (row.created or 0) >= (older.created or 0):
-            tokens[row.api_name] = row
-    return tokens
+        tokens.append(Token(text_of(name), text_of(token), text_of(client_id), parse_created(created),
+                            parse_time(validity), *shown, is_active))
+    tokens.sort(key=lambda token: token.created or 0)  # of two just as old the later id stays last
+    return {token.api_name: token for token in tokens}
 
 
 def token_row(app: App, access_token: str, now: float, valid_until: float) -> dict[str, Any]:
