@@ -1225,12 +1225,11 @@ def current_hold(path: Path, config: Config, attended: bool = False) -> str:
 def totp_wait(now: float, sent: Iterable[int]) -> float:
     """Seconds until a code may be sent that was never sent (`sent`: windows) and has time left."""
     window, left = int(now // TOTP_WINDOW), TOTP_WINDOW - now % TOTP_WINDOW
-    if window not in sent and left >= TOTP_MARGIN:
-        return 0.0
-    window += 1
-    while window in sent:  # noted by a clock that has been set back since
+    if left < TOTP_MARGIN:
         window += 1
-    return window * TOTP_WINDOW - now
+    while window in sent:  # the later ones were noted by a clock that has been set back since
+        window += 1
+    return max(0.0, window * TOTP_WINDOW - now)
 
 
 # ---- The browser: a Chromium of our own, what it sees and types; no decision ---------------------
