@@ -494,12 +494,10 @@ def web_address(value: str) -> urllib.parse.SplitResult | None:
     return None
 
 
-OCTET = "(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
-
-
 def on_this_machine(host: str | None) -> bool:
     """Whether a host is exactly 127.0.0.0/8, localhost or [::1]; x.localhost is not."""
-    return bool(re.fullmatch(rf"127(\.{OCTET}){{3}}|::1|localhost", host or ""))
+    octet = "(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
+    return bool(re.fullmatch(rf"127(\.{octet}){{3}}|::1|localhost", host or ""))
 
 
 def is_local(url: str) -> bool:
@@ -516,9 +514,8 @@ def is_brokers(url: str) -> bool:
 
 
 def is_base_url(value: str) -> bool:
-    """Tokens and client secrets are sent there: the broker, or this machine."""
-    parts = web_address(value)
-    bare = parts is not None and not parts.path.strip("/") and not re.search("[?#@]", value)
+    """Tokens and client secrets are sent there: the broker or this machine, no path."""
+    bare = re.fullmatch("https?://[^/?#@]+/*", value) is not None
     return bare and (is_brokers(value) or is_local(value))
 
 
