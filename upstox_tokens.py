@@ -618,13 +618,13 @@ def check_settings(settings: Mapping[str, str], apps: Sequence[App], use: str) -
 
 def read_settings(ctx: Context) -> tuple[dict[str, str], list[str]]:
     """The UPSTOX_ settings, the environment's over the env file's, and the problems of the file."""
-    places = [ctx.args.env_file] if ctx.args.env_file else places_of(".env")
-    found = [place for place in places if ctx.args.env_file or place.is_file()]  # .env may be a venv's folder
-    from_file, problems = read_env_file(found[0]) if found else ({}, [])
+    places = places_of(".env")
+    file = ctx.args.env_file or next(filter(Path.is_file, places), None)  # .env may be a venv's folder
+    from_file, problems = read_env_file(file) if file else ({}, [])
     merged = {**from_file, **ctx.environ}.items()
     settings = {key: value.strip() for key, value in merged if key.startswith("UPSTOX_") and value.strip()}
     if not settings and not problems:
-        files = " and ".join(map(str, found[:1] or places))
+        files = " and ".join(map(str, [file] if file else places))
         problems = [f"No UPSTOX_ setting was found, neither in the environment nor in {files}. "
                     "Copy env.sample to .env and fill it in; it explains the keys."]
     if totp := re.sub(r"[\s=]", "", settings.get("UPSTOX_TOTP", "")).upper():
