@@ -805,9 +805,8 @@ def create_database(ctx: Context) -> None:
     except OSError as error:
         raise DatabaseError(f"The database {path} cannot be created: {error.strerror}. With --db name a "
                             "file in a folder that exists and that this user may write.") from None
-    if not select(path, "SELECT 1 FROM sqlite_master WHERE name = 'upstox_tokens'"):
-        with transaction(path, PROOF_SECONDS) as connection:
-            connection.execute(TOKENS_DDL)
+    with transaction(path, PROOF_SECONDS) as connection:
+        connection.execute(TOKENS_DDL)
 
 
 def read_tokens(path: Path) -> dict[str, Token]:
