@@ -2769,10 +2769,9 @@ Reply = tuple[int, Any, Mapping[str, str]]
 class HttpError(Exception):
     """An answer other than success."""
 
-    def __init__(self, code: int, text: str, **headers: str) -> None:
+    def __init__(self, code: int, text: str, headers: Mapping[str, str] = {}) -> None:
         super().__init__(text)
-        self.code = code
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.code, self.headers = code, headers
 
 
 def job_json(run: Run) -> dict[str, Any]:
@@ -3047,7 +3046,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def need_method(self, method: str) -> None:
         if self.command != method and (self.command, method) != ("HEAD", "GET"):
             allowed = "GET, HEAD, OPTIONS" if method == "GET" else f"{method}, OPTIONS"
-            raise HttpError(405, f"use {method}", Allow=allowed)
+            raise HttpError(405, f"use {method}", {"Allow": allowed})
 
     def check_host(self) -> None:
         """DNS rebinding: a page of another site could reach us only by a name that is not ours."""
@@ -3070,7 +3069,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_key(self) -> None:
         given, key = self.headers.get("Authorization", "").encode("utf-8", "replace"), self.server.key
         if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
-            raise HttpError(401, "the key is missing or wrong", WWW_Authenticate="Bearer")
+            raise HttpError(401, "the key is missing or wrong", {"WWW-Authenticate": "Bearer"})
 
     def read_body(self) -> bytes:
         """The whole body: 64 KiB at most, of the announced length."""
