@@ -2822,20 +2822,18 @@ def get_status(server: Server, request: Handler) -> Reply:
     """Every token's status: one check for all who ask at the same time, used again while it is fresh."""
     arrived = time.monotonic()
     with server.checking:
-        at, known, result = server.checked
+        at, known, reply = server.checked
         now_known = server.tries, [run.run_id for run in server.jobs.values() if run.ended]
-        fresh = time.monotonic() - at < SHARED_SECONDS and known == now_known and isinstance(result, dict)
+        fresh = time.monotonic() - at < SHARED_SECONDS and known == now_known and reply[0] == 200
         if not fresh and at < arrived:
             try:
                 config = load_config(server.ctx, "status")
                 statuses = classify_tokens(config, read_tokens(server.ctx.path), server.ctx.now())
-                result = status_json(server.ctx, config, statuses)
+                reply = 200, status_json(server.ctx, config, statuses), {}
             except TokenError as error:  # shared with those who wait meanwhile, or each would wait for a lock
-                result = HttpError(503, one_line(error))
-            server.checked = time.monotonic(), now_known, result
-    if isinstance(result, HttpError):
-        raise result
-    return 200, result, {}
+                reply = 503, {"error": one_line(error)}, {}
+            server.checked = time.monotonic(), now_known, reply
+    return reply
 
 
 def post_generate(server: Server, request: Handler) -> Reply:
@@ -2907,7 +2905,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.worker: threading.Thread | None = None
         self.tries = 0  # to store a delivery
         self.checking, self.proving = threading.Lock(), threading.Semaphore(PROOFS_AT_ONCE)
-        self.checked: tuple[float, Any, Any] = (0.0, None, None)  # when, what was known, the result
+        self.checked: tuple[float, Any, Any] = (0.0, None, None)  # when, what was known, the reply
         self.host, port = serve_address(address, config)
         self.address_family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
