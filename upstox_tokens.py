@@ -2944,25 +2944,24 @@ class Server(http.server.ThreadingHTTPServer):
         app, delivery = parse_delivery(body, config, self.ctx.now())
         if app is None:
             return None  # a stranger's
+        refused = f"{app.name}: a delivery was not stored: "
         if isinstance(delivery, str):
-            return self.tell(f"{app.name}: a delivery was not stored: {delivery}")
+            return self.tell(refused + delivery)
         for pause in (0, 1, 2, 4, 8, 15, 30, 60, 120, 240):
             if pause and self.ctx.stopping.wait(pause):
                 break
             try:
                 with self.proving:
                     problem = take_delivery(self.ctx, config, app, delivery)
-                line = "approved on the phone, token stored"
-                if problem:
-                    line = f"a delivery was not stored: {problem}"
                 break
             except TokenError as error:  # the database or the broker, for the moment
-                line = f"a delivery was not stored: {error}"
+                problem = str(error)
                 if not pause:
-                    self.tell(f"{app.name}: {line.rstrip('.')}; trying again")
+                    self.tell(f"{refused}{problem.rstrip('.')}; trying again")
             finally:
                 self.tries += 1
-        return self.tell(f"{app.name}: {line}")
+        stored = f"{app.name}: approved on the phone, token stored"
+        return self.tell(refused + problem if problem else stored)
 
     def end(self) -> None:
         """Let a running job finish its current app, and settle every delivery that was answered with 200."""
