@@ -2963,7 +2963,7 @@ class Server(http.server.ThreadingHTTPServer):
         stored = f"{app.name}: approved on the phone, token stored"
         return self.tell(refused + problem if problem else stored)
 
-    def end(self) -> None:
+    def __exit__(self, *failure: object) -> None:
         """Let a running job finish its current app, and settle every delivery that was answered with 200."""
         self.ctx.stopping.set()
         if self.worker:
@@ -2971,6 +2971,7 @@ class Server(http.server.ThreadingHTTPServer):
         for thread in threading.enumerate():
             if thread.name == DELIVERY:
                 thread.join(PROFILE_SECONDS + STORE_SECONDS)
+        super().__exit__(*failure)
 
     def latest_config(self) -> Config:
         """The configuration for deliveries, read anew; the last good one while the file is being edited."""
@@ -3125,11 +3126,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def command_serve(ctx: Context, config: Config) -> int:
     """--serve: until Ctrl-C or SIGTERM."""
     with Server(ctx, config, ctx.args.serve) as server:
-        try:
-            ctx.inform(f"Serving on {server.url} (Ctrl-C ends)")
-            server.serve_forever()
-        finally:
-            server.end()
+        ctx.inform(f"Serving on {server.url} (Ctrl-C ends)")
+        server.serve_forever()
     return OK
 
 
@@ -3143,13 +3141,11 @@ def listening(ctx: Context, config: Config) -> Iterator[None]:
         yield
         return
     with server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield
         finally:
             server.shutdown()
-            server.end()
 
 
 # ---- Commands ------------------------------------------------------------------------------------
