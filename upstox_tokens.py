@@ -2898,9 +2898,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, ctx: Context, config: Config, address: str, webhook_only: bool = False) -> None:
         self.ctx, self.webhook_only = ctx, webhook_only
-        self.key, self.origins = config.serve_key, config.origins  # the start's
-        self.config = config
-        self.hidden = config.secrets()  # a client may send one as its path
+        self.initial = self.config = config  # key and origins are the start's, deliveries want the latest
         self.jobs: dict[str, Run] = {}
         self.worker: threading.Thread | None = None
         self.tries = 0  # to store a delivery
@@ -2928,7 +2926,7 @@ class Server(http.server.ThreadingHTTPServer):
     def tell(self, text: str) -> None:
         """A line for the operator; within a command line run -q leaves it out."""
         say = self.ctx.inform if self.webhook_only else self.ctx.log
-        say(redact(text, self.hidden))
+        say(redact(text, self.initial.secrets()))  # a client may send one as its path
 
     def work(self, run: Run) -> None:
         """A job's thread; what it says stands in the run."""
@@ -3059,13 +3057,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         if origin is None or origin.lower() == f"http://{self.headers.get('Host', '').lower()}":
             return
-        if origin.lower() not in filter(None, self.server.origins):
+        if origin.lower() not in filter(None, self.server.initial.origins):
             raise HttpError(403, "this Origin is not allowed; see UPSTOX_ALLOWED_ORIGINS")
         self.cors = {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "Location",
                      "Vary": "Origin"}
 
     def check_key(self) -> None:
-        given, key = self.headers.get("Authorization", "").encode("utf-8", "replace"), self.server.key
+        given = self.headers.get("Authorization", "").encode("utf-8", "replace")
+        key = self.server.initial.serve_key
         if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
             raise HttpError(401, "the key is missing or wrong", {"WWW-Authenticate": "Bearer"})
 
