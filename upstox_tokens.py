@@ -2469,18 +2469,15 @@ def status_json(ctx: Context, config: Config, statuses: Iterable[Status]) -> dic
 
 def parse_names(text: str, configured: Sequence[str], *, numbers: bool = False) -> list[str]:
     """API names from a text, any case, doubles once; ValueError names the first bad one."""
-    names: list[str] = []
-    for part in re.split(r"[,\s]+" if numbers else ",", text.upper()):
-        part = part.strip()
-        if numbers and re.fullmatch("[1-9]", part) and int(part) <= len(configured):
-            part = configured[int(part) - 1]
-        if part and part not in configured:
-            raise ValueError(f"{printable(part, 40)} is not one of {', '.join(configured)}")
-        if part and part not in names:
-            names.append(part)
-    if not names:
+    known = {name: name for name in configured}
+    if numbers:
+        known |= {str(number): name for number, name in enumerate(configured, 1)}
+    parts = [part.strip() for part in re.split(r"[,\s]" if numbers else ",", text.upper())]
+    if unknown := [part for part in parts if part and part not in known]:
+        raise ValueError(f"{printable(unknown[0], 40)} is not one of {', '.join(configured)}")
+    if not any(parts):
         raise ValueError("name at least one API")
-    return names
+    return list(dict.fromkeys(known[part] for part in parts if part))
 
 
 def prompt_menu(ctx: Context, configured: Sequence[str]) -> tuple[str, list[str]] | None:
