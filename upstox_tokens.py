@@ -1326,8 +1326,8 @@ class View(NamedTuple):
         return printable(urllib.parse.urlsplit(self.url).netloc.rpartition("@")[2], 100)
 
     def field(self, step: str) -> Mapping[str, Any]:
-        """What was seen of a step's field."""
-        return self.items[STEPS[step][0]]
+        """What was seen of a step's field, {} when it is not there."""
+        return self.items.get(STEPS[step][0], {})
 
 
 def same_place(url: str, other: str) -> bool:
@@ -1618,7 +1618,7 @@ def known_complaint(view: View, lines: Sequence[str]) -> tuple[str, int] | None:
         return f"{meaning} ({dialog[0]}). {remedy}", THIS_APP
     for line in lines:
         blocked = re.search("too many|exceeded|blocked|try again (after|in)", line, re.I)
-        if blocked and not view.items.get("otpNum", {"enabled": True})["enabled"]:
+        if blocked and not view.field("otp").get("enabled", True):
             return OTP_BLOCKED
         if re.match("something went wrong", line, re.I):
             return WENT_WRONG
@@ -1728,8 +1728,7 @@ def await_judgement(view: View, login: Login, waited: float) -> Move:
         raise pin_failure(*SESSION_LOST, "")
     if view.step == step and not login.pressed and (move := press_or_wait(view, login, waited)):
         return move
-    elsewhere = STEPS[step][0] not in view.items and not view.blank
-    if step == "pin" and elsewhere and waited >= PAGE_SECONDS:
+    if step == "pin" and waited >= PAGE_SECONDS and not view.field(step) and not view.blank:
         raise unknown_page(view, "The PIN had been sent, and whether it was right is not known. ")
     if waited < OUTCOME_SECONDS:
         return "wait", ""
@@ -1750,8 +1749,7 @@ def step_is_over(view: View, login: Login, waited: float) -> bool:
         return False
     if view.step not in ("", login.sent):
         return True
-    gone = STEPS[login.sent][0] not in view.items
-    return gone and bool(known_page(view) or waited >= PAGE_SECONDS)
+    return not view.field(login.sent) and bool(known_page(view) or waited >= PAGE_SECONDS)
 
 
 def next_move(view: View, login: Login, waited: float) -> Move:
@@ -2067,8 +2065,8 @@ class Login:
             self.say(f"{ENTRY[step]} sent")
             return
         # the field went before the digit; only one that is there again, and short, proves that nothing was sent
-        field = self.browser.look().items.get(STEPS[step][0], {})
-        if step == "mobile" or field.get("value") == self.texts[step][:-1]:
+        seen = self.browser.look().field(step)
+        if step == "mobile" or seen.get("value") == self.texts[step][:-1]:
             self.sent = ""
             if step in EVENTS:
                 self.run.note(self.app.name, f"{EVENTS[step]}_NOT_SENT")
