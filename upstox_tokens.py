@@ -1346,7 +1346,7 @@ def resolver_rules(redirect_uris: Iterable[str]) -> str:
     """Make the redirect's host unknown to the browser: the code stays in its address bar, unsent."""
     rules = set()
     for parts in map(urllib.parse.urlsplit, redirect_uris):
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         ports = [parts.port] if parts.port else [80, 443]  # an http address may be tried as https first
         rules |= {f"MAP {host}:{port} ~NOTFOUND" for port in ports}
     return ",".join(sorted(rules))
@@ -1468,9 +1468,8 @@ class Browser:
                                                   "session.startup_urls": ["about:blank"]})
         switches = [f"--user-data-dir={profile}", "--window-size=1280,900", "--no-first-run",
                     "--disable-sync", "--disable-background-networking", "--disable-component-update",
-                    "--disable-dev-shm-usage"]
-        if rules := resolver_rules(self.redirect_uris):
-            switches.append(f"--host-resolver-rules={rules}")
+                    "--disable-dev-shm-usage",
+                    f"--host-resolver-rules={resolver_rules(self.redirect_uris)}"]
         if not self.headed:
             switches.append("--headless=new")
         if hasattr(os, "geteuid") and os.geteuid() == 0:
@@ -1483,7 +1482,7 @@ class Browser:
         """The environment of driver and browser: no secret of ours, no proxy for the redirect's host."""
         environ = {key: value for key, value in self.environ.items()
                    if not key.startswith(("UPSTOX_", "SE_"))}
-        hosts = [urllib.parse.urlsplit(uri).hostname or "" for uri in self.redirect_uris]
+        hosts = [urllib.parse.urlsplit(uri).hostname for uri in self.redirect_uris]
         for key in ("no_proxy", "NO_PROXY"):
             environ[key] = ",".join(filter(None, [environ.get(key), *hosts]))
         # what Chromium leaves in the temporary folder goes with the profile
