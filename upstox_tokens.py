@@ -1377,13 +1377,12 @@ def find_driver(environ: Mapping[str, str]) -> tuple[str, str]:
     if path := shutil.which("chromedriver", path=environ.get("PATH")):
         return path, ""
     from selenium.common.exceptions import WebDriverException
-    from selenium.webdriver.chrome.options import Options
-    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver import ChromeOptions, ChromeService
     from selenium.webdriver.common.driver_finder import DriverFinder
     kept = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith("UPSTOX_")}
     os.environ["SE_AVOID_STATS"] = "true"
     try:
-        finder = DriverFinder(Service(), Options())
+        finder = DriverFinder(ChromeService(), ChromeOptions())
         return finder.get_driver_path(), finder.get_browser_path()
     except WebDriverException:
         raise LoginFailed(f"there is no chromedriver, and none could be fetched. {INSTALL_BROWSER}",
