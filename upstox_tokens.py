@@ -1834,13 +1834,6 @@ class Run:
             self.note(name, "FAILED", message)
         self.show(name, message)
 
-    def pause(self, seconds: float, name: str, text: str) -> None:
-        """Sleep in short steps, telling how long it still takes."""
-        end = self.ctx.now() + seconds
-        while (left := end - self.ctx.now()) > 0:
-            self.show(name, text, left)
-            self.ctx.sleep(min(left, 1.0))
-
     def note(self, name: str, outcome: str, reason: str = "", *, must: bool = False, **memory: Any) -> None:
         """One event into the audit table, with what must be remembered.
 
@@ -2045,8 +2038,12 @@ class Login:
         """Wait for a window whose code was never sent, and make its TOTP code."""
         import pyotp
         self.refuse_under_hold()
-        self.run.pause(self.code_wait(), self.app.name, "next TOTP code")
-        self.window = int(self.run.ctx.now() // TOTP_WINDOW)
+        wait, ctx = self.code_wait(), self.run.ctx
+        end = ctx.now() + wait
+        while (left := end - ctx.now()) > 0:
+            self.run.show(self.app.name, "next TOTP code", left)
+            ctx.sleep(min(left, 1.0))
+        self.window = int(ctx.now() // TOTP_WINDOW)
         self.texts["otp"] = pyotp.TOTP(self.run.config.totp).at(self.window * TOTP_WINDOW)
         self.run.hidden.add(self.texts["otp"])
         self.wait_anew()
