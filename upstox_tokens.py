@@ -1625,11 +1625,11 @@ def known_complaint(view: View, lines: Sequence[str]) -> tuple[str, int] | None:
 
 def pin_failure(known: str, reach: int, said: str) -> LoginFailed:
     """A PIN that did not lead to a login ends the run, whatever was answered; refused in words: a hold."""
-    if reach < A_HOLD and REFUSAL.search(said) and (not known or "pin" in said.lower()):
-        return LoginFailed(f"the broker refused the PIN ({said}). Correct UPSTOX_PIN: five wrong PINs lock "
-                           "the account.", A_HOLD)
     if reach == A_HOLD:
         return LoginFailed(known, reach)
+    if REFUSAL.search(said) and (not known or "pin" in said.lower()):
+        return LoginFailed(f"the broker refused the PIN ({said}). Correct UPSTOX_PIN: five wrong PINs lock "
+                           "the account.", A_HOLD)
     known = known.removesuffix(" Run again.") or f"the login page answered to the PIN: {said}."
     return LoginFailed(f"{known} The PIN had been sent, and whether it was right is not known: look at the "
                        "account in the Upstox app.", max(reach, THIS_RUN))
@@ -1644,12 +1644,11 @@ def no_progress(step: str, text: str, reach: int = THIS_APP) -> LoginFailed:
 
 def judge_complaint(view: View, login: Login) -> Move | None:
     """What the page says against going on: raised, or the move `refused`; None when nothing can be read."""
-    message, code = toast(login.news)
-    said = f"{message} {code}".strip()
-    if login.sent and not said and REFUSAL.search(login.said):
-        said = login.said  # nobody knows how the broker words a refusal, nor whether it has a code
     if login.old:
         return None
+    said = " ".join(toast(login.news)).strip()
+    if login.sent and not said and REFUSAL.search(login.said):
+        said = login.said  # nobody knows how the broker words a refusal, nor whether it has a code
     row = known_complaint(view, login.news)
     if login.sent == "pin" and (row or said):
         raise pin_failure(*(row or ("", THIS_RUN)), said)
