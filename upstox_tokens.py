@@ -1234,7 +1234,6 @@ def totp_wait(now: float, sent: Iterable[int]) -> float:
 # is asked to count how often each form was submitted, which may pass between two looks
 LOOK = """
 const [ids, captcha] = arguments, key = Symbol.for('upstox_tokens');
-const digits = e => (e.value || '').replace(/[^0-9]/g, '');
 const visible = e => e && e.getClientRects().length && getComputedStyle(e).visibility !== 'hidden';
 if (!document[key]) {
   const submits = document[key] = {};
@@ -1244,8 +1243,8 @@ if (!document[key]) {
 const items = {};
 for (const id of ids) {
   const e = document.getElementById(id);
-  if (visible(e)) items[id] = {element: e, enabled: !e.disabled && !e.readOnly, value: digits(e),
-    submits: document[key][id] || 0};
+  if (visible(e)) items[id] = {element: e, enabled: !e.disabled && !e.readOnly,
+    value: (e.value || '').replace(/[^0-9]/g, ''), submits: document[key][id] || 0};
 }
 const name = e => e.id || `${e.tagName.toLowerCase()} '${(e.innerText || e.name || '').trim().slice(0, 30)}'`;
 const shown = [...document.querySelectorAll('input, select, textarea, button')].filter(visible);
@@ -1336,10 +1335,9 @@ def same_place(url: str, other: str) -> bool:
         parts = urllib.parse.urlsplit(text)
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
         return parts.scheme, parts.hostname, port, urllib.parse.unquote(parts.path) or "/"
-    try:
+    with contextlib.suppress(ValueError):
         return place(url) == place(other)
-    except ValueError:
-        return False
+    return False
 
 
 def resolver_rules(redirect_uris: Iterable[str]) -> str:
@@ -1600,10 +1598,8 @@ def toast(lines: Sequence[str]) -> tuple[str, str]:
 def known_page(view: View) -> tuple[str, int] | None:
     """What a page's heading or path means, where the facts know it: (text, reach)."""
     path = urllib.parse.urlsplit(view.url).path
-    for pattern, row in PAGE_TEXTS.items():
-        if re.search(pattern, view.text, re.I | re.M) or re.search(pattern, path):
-            return row
-    return None
+    return next((row for pattern, row in PAGE_TEXTS.items()
+                 if re.search(pattern, view.text, re.I | re.M) or re.search(pattern, path)), None)
 
 
 def known_complaint(view: View, lines: Sequence[str]) -> tuple[str, int] | None:
@@ -1755,7 +1751,7 @@ def next_move(view: View, login: Login, waited: float) -> Move:
     `waited`: seconds since the last progress. What ends the login is raised. The redirect comes first, then a
     foreign host, then what the page says; an entry that was sent is never typed again.
     """
-    if same_place(view.url, login.redirect_uri):
+    if same_place(view.url, login.app.redirect_uri):
         return "arrived", view.url
     if view.url.startswith("http") and not login.is_own(view.url):
         place = f"{urllib.parse.urlsplit(view.url).scheme}://{view.host}"
@@ -1910,7 +1906,6 @@ class Login:
 
     def __init__(self, run: Run, app: App, browser: Browser) -> None:
         self.run, self.app, self.browser, config = run, app, browser, run.config
-        self.redirect_uri = app.redirect_uri
         # whose pages may be typed into; in a rehearsal only those of this machine
         self.is_own = is_local if is_local(config.base_url) else is_brokers
         self.texts = {"mobile": config.mobile, "pin": config.pin}  # a TOTP code is made when asked for
@@ -2016,7 +2011,6 @@ class Login:
             self.browser.rest(0.1)
 
     def wait_anew(self) -> None:
-        """The page's patience begins anew."""
         self.moved = self.browser.clock()
 
     def say(self, text: str) -> None:
