@@ -2016,10 +2016,6 @@ class Login:
     def say(self, text: str) -> None:
         self.run.tell(self.app.name, text)
 
-    def refuse_under_hold(self) -> None:
-        if hold := self.run.hold():
-            raise LoginFailed(f"{hold}. Find out why, then start the menu.", A_PERSON)
-
     def code_wait(self) -> float:
         """Seconds until a TOTP code may be sent: one whose window was never noted, whoever sent it."""
         now = self.run.ctx.now()
@@ -2030,7 +2026,6 @@ class Login:
     def make_code(self) -> None:
         """Wait for a window whose code was never sent, and make its TOTP code."""
         import pyotp
-        self.refuse_under_hold()
         wait, ctx = self.code_wait(), self.run.ctx
         end = ctx.now() + wait
         while (left := end - ctx.now()) > 0:
@@ -2061,7 +2056,8 @@ class Login:
 
     def note_sent(self, step: str) -> bool:
         """Put a code or PIN on disk as sent, or it is not sent; False when a code's time is over."""
-        self.refuse_under_hold()
+        if hold := self.run.hold():
+            raise LoginFailed(f"{hold}. Find out why, then start the menu.", A_PERSON)
         number = None
         if step == "otp":
             number = self.window
