@@ -4298,6 +4298,9 @@ class HostileTest(WebCase):
                 self.assertRegex(json.loads(text)["error"], re.escape(row[2]) or r"\w")
 
         self.table(work, HOSTILE, workers=4)
+        with socket.create_connection(world.address, 60) as connection:
+            connection.sendall(head("HEAD /healthz HTTP/1.1", "Connection: close"))
+            self.assertTrue(connection.makefile("rb").read().endswith(b"\r\n\r\n"), "a body")
         self.assertEqual((world.ask("GET", LATEST).code, world.broker.requests), (404, []))
 
     def test_slow_clients_block_nobody(self) -> None:
@@ -5067,7 +5070,12 @@ class PhoneServerTest(PhoneCase):
 
     def test_back_end_that_switches_a_token_off_meanwhile(self) -> None:
         """A row that changed is no delivery: the app is still awaited when a later one has come."""
-        world = self.receiver(seed=World.seed_valid, apps=2)
+        def seed(world: World) -> None:
+            world.seed_valid()
+            world.write_env(UPSTOX_CLIENT_ID_1="mistyped")
+
+        world = self.receiver(seed=seed, apps=2)
+        world.write_env()  # corrected, which counts at once for deliveries too
         self.request(world, "PRIMARY", "WEBSOCKET1")
         world.sql("UPDATE upstox_tokens SET is_active = 0, updated_at = 1 WHERE is_primary")
         self.approve(world, "WEBSOCKET1")
