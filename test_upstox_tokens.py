@@ -2953,6 +2953,8 @@ class ReadinessTest(Case):
             world = ready(clock_offset=offset)
             self.check(world)
             self.assertFalse(world.db.exists())
+        world.sql("CREATE TABLE orders (id)")
+        self.check(world)
         world.seed_guide()
         self.check(world)
         self.check(ready(clock_offset=22), clock=OFF.format("22 s behind"))
@@ -3064,6 +3066,15 @@ class SurroundingsTest(Case):
             world = self.world()
             world.seed_valid()
             self.assertNotEqual(self.shell(world, "tool --status >/dev/full")[0], 0)
+
+    def test_bug(self) -> None:
+        """Told by its place, not by its words, which may hold anything."""
+        world, out, err = self.world(), io.StringIO(), io.StringIO()
+        code = upstox_tokens.main(["--status", "--env-file", str(world.folder / ".env")], out=out,
+                                  err=err, environ=world.environ({}), now=lambda: {}[PIN])
+        self.assertEqual((code, out.getvalue()), (1, ""))
+        self.assertRegex(err.getvalue(), r"\Aerror: internal error, KeyError at line \d+\. Please "
+                                         r"report it\.\n\Z")
 
     def test_packages_that_are_missing(self) -> None:
         """Told with the command that installs them where a browser is needed; all else works."""
@@ -3971,8 +3982,9 @@ class HeadedTest(LoginCase):
     def operator(self, world: World) -> None:
         """Reads the request, and solves the CAPTCHA later than a headless run waits."""
         world.until(lambda: "solve the CAPTCHA" in world.err.getvalue(), 60)
+        asked = world.broker.count("generate")
         world.broker.pause(1.5)
-        self.assertEqual(world.broker.count("generate"), 0)
+        self.assertEqual(world.broker.count("generate"), asked)
         world.broker.captcha_solved.set()
 
     def test_menu_reopens_visibly(self) -> None:
@@ -3980,9 +3992,11 @@ class HeadedTest(LoginCase):
         self.table(self.reopen, ["page", slow("frame"), slow("div"), slow("explicit")], workers=2)
 
     def reopen(self, form: str) -> None:
-        """Not without a display, nor against the operator's will; the exit code stays the run's."""
-        with World(2, moment=NOON, captcha="never", captcha_form=form,
-                   by_app={"WEBSOCKET1": {"profile_answer": "503"}}) as world:
+        """Not without a display, nor against the operator's will, and only for what is left; the
+        exit code stays the run's.
+        """
+        with World(3, moment=NOON, captcha="never", captcha_form=form, by_app={
+                "PRIMARY": {"captcha": None}, "WEBSOCKET1": {"profile_answer": "503"}}) as world:
             world.seed_valid("WEBSOCKET1")
             # display, answers, prompts, exit code, browsers in all
             for screen, answers, prompts, browsers in ((None, ["2", "y"], 1, 1),
@@ -3991,10 +4005,13 @@ class HeadedTest(LoginCase):
                 self.assertEqual((done.code, len(world.prompts), world.browsers()),
                                  (3, prompts, browsers), done.out)
                 self.assertNotIn("Aborted", done.out)
+            world.sql("DELETE FROM upstox_tokens WHERE api_name = 'PRIMARY'")
             with meanwhile(lambda: self.operator(world)):
                 done = world.call(answers=["2", "y"], DISPLAY=self.display)
-            self.assertTrue(done.out.endswith(summary(PRIMARY="VALID", WEBSOCKET1="UNKNOWN (503)")))
-            self.assertEqual((done.code, world.browsers(), world.sent()), (1, 4, (1, 1, 1)))
+            self.assertTrue(done.out.endswith(summary(
+                PRIMARY="VALID", WEBSOCKET1="UNKNOWN (503)", WEBSOCKET2="VALID")), done.out)
+            self.assertEqual((done.code, world.browsers(), world.sent()), (1, 4, (3, 3, 3)))
+            self.assertEqual(world.broker.logins, ["PRIMARY", "PRIMARY", "WEBSOCKET2"])
 
     def test_nobody_solves(self) -> None:
         with mock.patch.multiple(upstox_tokens, CAPTCHA_HEADED_SECONDS=1):
@@ -4301,6 +4318,8 @@ class HostileTest(WebCase):
         with socket.create_connection(world.address, 60) as connection:
             connection.sendall(head("HEAD /healthz HTTP/1.1", "Connection: close"))
             self.assertTrue(connection.makefile("rb").read().endswith(b"\r\n\r\n"), "a body")
+        # an answer is not lost on a client that first says all it has to say
+        self.assertEqual(world.ask("POST", GENERATE, b"x" * 10485760, JSON).code, 413)
         self.assertEqual((world.ask("GET", LATEST).code, world.broker.requests), (404, []))
 
     def test_slow_clients_block_nobody(self) -> None:
