@@ -3248,18 +3248,15 @@ def command_import_config(ctx: Context, config: Config) -> int:
 def database_problem(ctx: Context, config: Config) -> str:
     """Whether the database takes a token, without leaving one there."""
     path = ctx.path
+    if not path.exists():
+        folder = path.absolute().parent
+        return "" if os.access(folder, os.W_OK) else f"{folder} cannot be written. Name a file with --db."
     try:
-        if path.exists():
-            if select(path, "SELECT 1 FROM sqlite_master WHERE name = 'upstox_tokens'"):
-                prove_writable(path, config.apps, ctx.now())
-            else:
-                with transaction(path) as connection:
-                    connection.rollback()
-            return ""
+        table = select(path, "SELECT 1 FROM sqlite_master WHERE name = 'upstox_tokens'")
+        prove_writable(path, config.apps if table else (), ctx.now())
     except DatabaseError as error:
         return str(error)
-    folder = path.absolute().parent
-    return "" if os.access(folder, os.W_OK) else f"{folder} cannot be written. Name a file with --db."
+    return ""
 
 
 def browser_problems(ctx: Context, config: Config) -> tuple[str, str]:
