@@ -3171,8 +3171,7 @@ def generate(ctx: Context, config: Config, source: str, mode: str, named: Sequen
     if line := run.left_alone():
         ctx.log(line)
     by_phone = run.flow == "V3" and run.apps
-    receiver = listening(ctx, config) if by_phone else contextlib.nullcontext()
-    with receiver:
+    with listening(ctx, config) if by_phone else contextlib.nullcontext():
         generate_chosen(run)
     return run
 
