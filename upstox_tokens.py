@@ -324,13 +324,17 @@ class Context:
             self.log(f"{text} in {left:.0f} s")
         self.counting = text
 
-    def confirm(self, question: str) -> bool:
-        """A yes or no question; nothing but yes is yes."""
+    def answer(self, prompt: str) -> str:
+        """What the operator answers; q at the end of the input."""
         try:
-            return self.ask(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+            return self.ask(prompt).strip()
         except EOFError:
             self.say("")
-            return False
+            return "q"
+
+    def confirm(self, question: str) -> bool:
+        """A yes or no question; nothing but yes is yes."""
+        return self.answer(f"{question} [y/N] ").lower() in ("y", "yes")
 
     def stop(self, signum: int, _frame: object) -> None:
         """The first Ctrl-C or SIGTERM ends the program, inside finish_first when that is done; later ones must
@@ -2466,14 +2470,14 @@ def prompt_menu(ctx: Context, configured: Sequence[str]) -> tuple[str, list[str]
     """The operator's choice as (mode, names), None to abort (the guide 7.1). A bad answer is asked again."""
     ctx.say("", "Choose Action:", "1. Generate ALL", "2. Generate ONLY invalid",
             "3. Generate selected (comma separated)", "4. Abort")
-    while (answer := ctx.ask("Choice: ").strip().lower()) not in ("1", "2", "3"):
+    while (answer := ctx.answer("Choice: ").lower()) not in ("1", "2", "3"):
         if answer in ("4", "q"):
             return None
         ctx.say("Please answer 1, 2, 3 or 4.")
     if answer != "3":
         return MODES[int(answer) - 1], []
     ctx.say("  ".join(f"{number}. {name}" for number, name in enumerate(configured, 1)))
-    while (answer := ctx.ask("APIs (names or numbers): ")).strip().lower() != "q":
+    while (answer := ctx.answer("APIs (names or numbers): ")).lower() != "q":
         try:
             return "PARTIAL", parse_names(answer, configured, numbers=True)
         except ValueError as error:
@@ -3208,12 +3212,7 @@ def command_menu(ctx: Context, config: Config) -> int:
     """No option: the summary, the operator's choice, the run; offers a visible browser for a CAPTCHA."""
     statuses = look_at_tokens(ctx, config)
     say_summary(ctx, statuses)
-    try:
-        choice = prompt_menu(ctx, config.names)
-    except EOFError:
-        choice = None
-        ctx.say("")
-    if choice is None:
+    if (choice := prompt_menu(ctx, config.names)) is None:
         ctx.say("Aborted, nothing changed.")
         return all_valid(statuses)
     hold = ""
