@@ -5390,138 +5390,145 @@ class Scene(NamedTuple):
     disabled: str = ""
     text: str = "Login"
     captcha: bool = False
-    value: str = ""  # in the field from the start: all but the last digit (start), other
+    value: str = ""  # in the field from the start
     whole: str = ""  # what the field does with a whole value: clears, trims, loses (its last key)
     auto: bool = False  # submits by itself then
     answer: str = "go"  # to a submit: go (to the next scene), stay, or words
     after: float | None = None  # seconds until the next scene comes by itself
     reload: bool = False  # a new document, which knows nothing of the old one
 
-    def takes_code(self) -> bool:
-        """Whether a page that shows this instead of the OTP step has taken the code."""
-        odd = self.missing or not self.step and self.text.strip()
-        return bool(odd or self.step in ("pin", "arrive"))
 
-
-def hostile_scene(dice: random.Random, step: str = "") -> Scene:
+def hostile_scene(dice: random.Random, texts: Mapping[str, str], step: str = "") -> Scene:
     """Anything may be odd about it."""
     def rare(*words: str) -> str:
         return dice.choice(words) if dice.random() < 0.12 else ""
 
     moves = dice.random() < (0.15 if step else 0.7)
+    step = step or dice.choice(("", "", "mobile", "otp", "pin", "pin", "error", "fault"))
     return Scene(
-        step=step or dice.choice(("", "", "mobile", "otp", "pin", "pin", "error", "fault")),
-        foreign=dice.random() < 0.06, missing=rare("field", "button"),
+        step=step, foreign=dice.random() < 0.06, missing=rare("field", "button"),
         disabled=rare("field", "button"), captcha=dice.random() < 0.07,
         text=dice.choice(SAYINGS) if dice.random() < 0.3 else "Login",
-        value=dice.choice(("", "", "", "", "start", "other")),
+        value=dice.choice(("", "", "", "", texts.get(step, "")[:-1], "12")),
         whole=rare("clears", "trims", "loses"),
         auto=dice.random() < 0.3, reload=dice.random() < 0.3,
         answer=dice.choice(("go", "go", "go", "go", "stay", dice.choice(SAYINGS))),
         after=dice.choice((0.0, 0.1, 1.0, 20.0, 70.0)) if moves else None)
 
 
-def hostile_page(dice: random.Random) -> list[Scene]:
+def hostile_page(dice: random.Random, texts: Mapping[str, str]) -> list[Scene]:
     """The way to a login from some step on, with odd scenes in between."""
     scenes = []
     for step in ["mobile", "otp", "pin", "arrive"][dice.choice((0, 0, 1, 2, 2, 3)):]:
         while dice.random() < 0.15:
-            scenes.append(hostile_scene(dice, dice.choice(("", step))))
-        scenes.append(hostile_scene(dice, step) if dice.random() < 0.5 else Scene(step))
+            scenes.append(hostile_scene(dice, texts, dice.choice(("", step))))
+        odd = dice.random() < 0.5
+        scenes.append(hostile_scene(dice, texts, step) if odd else Scene(step))
     return scenes
 
 
-class Books:
-    """What really reached the page with one set of credentials, and what may never happen."""
+class HostileWorld(World):
+    """Every login meets a hostile page; the books say what reached it, and whether it might."""
 
     PERSON = re.compile("not the broker's own|does not know|CAPTCHA|is locked|refused the|"
                         "several accounts|did not accept the mobile number")
 
-    def __init__(self, world: World, **texts: str) -> None:
-        self.world, self.texts = world, {"mobile": MOBILE, "pin": PIN} | texts
+    def __init__(self, story: str) -> None:
+        self.dice = random.Random(story)
+        self.texts = {"mobile": f"9{self.dice.randrange(10**9):09}",
+                      "pin": f"{self.dice.randrange(10**6):06}"}
+        super().__init__(3, NOON, {"UPSTOX_MOBILE_NUMBER": self.texts["mobile"],
+                                   "UPSTOX_PIN": self.texts["pin"]}, HostileBroker)
+        self.broker.world = self
+        self.name, self.pages = "", 0
         self.wrong: list[str] = []
         self.windows: set[int] = set()
         self.pins = self.codes = 0  # not taken so far
         self.whole_pins = 0
         self.proven = False
-        events = world.audit() if world.db.exists() else []
-        self.before = collections.Counter(outcome for _, outcome in events)
-        self.run("CLI")
 
-    def run(self, source: str, lifted: str = "") -> None:
-        """A run begins; an operator who was told of a hold may have lifted it."""
-        self.attended, self.pending, self.pin_at = source == "MENU", 0, ""
-        if lifted:
-            self.codes = self.pins = 0
-            self.proven = False
+    def run(self, *argv: str) -> None:
+        """A run that begins and ends as it must; without arguments an operator's, from the menu."""
+        self.attended, self.pin_at = not argv, ""  # the app whose PIN did not lead to an arrival
+        done = self.call(*argv, answers=self.operator())
+        if done.code != 128 + signal.SIGTERM:  # else the next run goes on
+            self.check(done)
+        if self.wrong:
+            raise AssertionError("; ".join(self.wrong))
 
-    def login(self, name: str) -> None:
-        """A login begins."""
-        self.name, self.pin_sent = name, False
+    def operator(self) -> Iterator[str]:
+        """Generate all; and mostly, when he is told of a hold: go ahead."""
+        yield "1"
+        if self.dice.random() < 0.7:
+            self.codes, self.pins, self.proven = 0, 0, False
+            yield "y"
 
     def need(self, condition: object, words: str) -> None:
         if not condition:
             self.wrong.append(f"{self.name}: {words}")
 
+    def open_page(self, name: str) -> None:
+        """A login begins."""
+        self.name, self.pin_sent = name, False
+        self.pages += 1
+        self.scenes = hostile_page(self.dice, self.texts)
+
+    def moved(self, scene: Scene) -> None:
+        """The page shows another scene; what is shown instead of the OTP step may take the code."""
+        odd = scene.missing or not scene.step and scene.text.strip()
+        if odd or scene.step in ("pin", "arrive"):
+            self.codes = 0
+
     def arrived(self) -> None:
         """The redirect takes the PIN that was sent in this login."""
         self.codes = 0
         if self.pin_sent:
-            self.pins, self.pending, self.proven = 0, 0, True
+            self.pins, self.pin_at, self.proven = 0, "", True
 
     def reached(self, step: str, value: str) -> None:
-        """A field held a whole value, which cannot be taken back: was it allowed, and noted?"""
+        """The page has this value, which cannot be taken back: was it allowed, and noted?"""
         if step == "pin" and value == self.texts["pin"]:
-            self.pins, self.pending = self.pins + 1, self.pending + 1
-            self.whole_pins += 1
+            self.need(not self.pin_at, "a second PIN in one run")
             self.pin_sent, self.pin_at = True, self.name
+            self.pins += 1
+            self.whole_pins += 1
             most = 2 if self.proven else 1
-            self.need(self.pending == 1, f"PIN {self.pending} in one run")
             self.need(self.attended or self.pins <= most, f"PIN {self.pins} of {most} unattended")
-            self.need(self.noted("PIN_SENT") >= self.whole_pins, "a PIN was not noted")
-        now = self.world.now()
+            self.need(len(self.audit("PIN_SENT")) >= self.whole_pins, "a PIN was not noted")
+        now = self.now()
         if step == "otp" and value == totp(TOTP_SECRET, now):
             self.codes += 1
             self.need(now % 30 < 25.5, "a code with too little time left")
             self.need(int(now // 30) not in self.windows, "a code was sent twice")
             self.need(self.codes <= 2, f"code {self.codes} that is not taken")
             self.windows.add(int(now // 30))
-            self.need(self.noted("CODE_SENT") >= len(self.windows), "a code was not noted")
+            self.need(len(self.audit("CODE_SENT")) >= len(self.windows), "a code was not noted")
 
-    def noted(self, outcome: str) -> int:
-        """How many such events the audit table has since this story began."""
-        return len(self.world.audit(outcome)) - self.before[outcome]
-
-    def check(self, code: int, hold: str, results: Mapping[str, tuple[str, str]]) -> None:
-        """The end of a run: words and exit code; `results`: state and message by name."""
-        for state, message in results.values():
-            whole = state != "FAILED" or re.match(r"[\w\"'].*[.]\Z", message)
-            self.need(whole and message.isprintable(), f"no sentence: {message!r}")
-        states = [state for state, _ in results.values()]
-        after = states[list(results).index(self.pin_at) + 1:] if self.pending else []
-        self.need(set(after) <= {"SKIPPED"}, f"went on after a PIN without arrival: {results}")
-        failed = " ".join(message for state, message in results.values() if state == "FAILED")
-        person = hold or self.PERSON.search(failed)
-        right = 0 if set(states) == {"DONE"} else 3 if person else 1
+    def check(self, done: Done) -> None:
+        """The end of a run: words and exit code."""
+        told = re.findall(r"(?m)^(\w+): (failed|not tried): (.*)", done.out)
+        failed = [message for _, word, message in told if word == "failed"]
+        for message in failed:
+            self.need(re.fullmatch(r"[\w\"'].*[.]", message) and message.isprintable(),
+                      f"no sentence: {message!r}")
+        skipped = {name for name, word, _ in told if word == "not tried"}
+        after = self.names[self.names.index(self.pin_at) + 1:] if self.pin_at else []
+        self.need(skipped.issuperset(after), f"went on after a PIN without arrival: {done}")
+        who = mock.Mock(**self.texts, totp=TOTP_SECRET)
+        hold = upstox_tokens.current_hold(self.db, who, self.attended)
+        person = hold or self.PERSON.search(" ".join(failed))
+        right = 0 if not told else 3 if person else 1
         self.need(right or not hold, f"all is well, but on hold: {hold}")
-        self.need(code == right, f"exit {code} instead of {right}: {results}")
-        if self.wrong:
-            raise AssertionError("; ".join(self.wrong))
+        self.need(done.code == right, f"exit {done.code} instead of {right}: {done}")
 
 
 class PaperBrowser:
     """Given in place of the real one: shows hostile pages in no time, and keeps the books."""
 
-    driver = None
-
-    def __init__(self, story: Story, headed: bool) -> None:
-        self.story, self.books, self.dice, self.headed = story, story.books, story.dice, headed
-
-    def clock(self) -> float:
-        return self.story.world.now()
-
-    def rest(self, seconds: float) -> None:
-        self.story.world.sleep(seconds)
+    def __init__(self, world: HostileWorld, place: str) -> None:
+        self.world, self.dice, self.place = world, world.dice, place
+        self.clock, self.rest = world.now, world.sleep
+        self.headed = self.dice.random() < 0.1
 
     def close(self) -> None:
         pass
@@ -5535,26 +5542,24 @@ class PaperBrowser:
             raise upstox_tokens.Stopped(signal.SIGTERM)
 
     def open(self, url: str) -> None:
-        self.story.pages += 1
-        self.state = dict(parse_qsl(urlsplit(url).query))["state"]
-        self.scenes, self.place, self.looks, self.address = hostile_page(self.dice), -1, 0, ""
+        query = dict(parse_qsl(urlsplit(url).query))
+        self.state, self.address = query["state"], ""
+        self.world.open_page(Broker.app_of(query["client_id"]))
+        self.number, self.looks = -1, 0
         self.submits: dict[str, int] = collections.Counter()
-        self.said = ""
         self.go()
         self.work()
 
     def go(self) -> None:
         """The next scene; the last one stays."""
-        self.place = min(self.place + 1, len(self.scenes) - 1)
-        self.scene, self.element, self.since = self.scenes[self.place], object(), self.clock()
-        if self.scene.takes_code():
-            self.books.codes = 0
+        self.number = min(self.number + 1, len(self.world.scenes) - 1)
+        self.scene, self.element = self.world.scenes[self.number], object()
+        self.since, self.value, self.said = self.clock(), self.scene.value, ""
+        self.loses = self.scene.whole == "loses"
+        self.world.moved(self.scene)
         if self.scene.reload:
             self.submits.clear()
-        text, self.said = self.books.texts.get(self.scene.step, ""), ""
-        self.value = {"start": text[:-1], "other": "12"}.get(self.scene.value, "")
-        self.loses = self.scene.whole == "loses"
-        self.url = self.dice.choice((FOREIGN if self.scene.foreign else OWN)[self.story.place])
+        self.url = self.dice.choice((FOREIGN if self.scene.foreign else OWN)[self.place])
 
     def look(self) -> upstox_tokens.View:
         self.looks += 1
@@ -5567,7 +5572,9 @@ class PaperBrowser:
         if self.scene.step == "error":
             return upstox_tokens.View("chrome-error://chromewebdata/", broken=True)
         if self.scene.step == "arrive":
-            self.address = self.address or self.story.arrive(self.state)
+            if not self.address:
+                reply = self.world.broker.send_back(self.world.name, self.state)
+                self.address = reply.headers[0][1]
             return upstox_tokens.View(self.address)
         items = self.items()
         return upstox_tokens.View(
@@ -5583,7 +5590,7 @@ class PaperBrowser:
     def gone(self, view: upstox_tokens.View, step: str) -> bool:
         """Whether what was looked at has gone meanwhile."""
         self.work()
-        self.books.need(view.url in OWN[self.story.place], f"an act on a page at {view.url}")
+        self.world.need(view.url in OWN[self.place], f"an act on a page at {view.url}")
         if self.dice.random() < 0.02:
             self.go()
         return view.items[FIELDS[step][0]]["element"] is not self.element
@@ -5595,7 +5602,7 @@ class PaperBrowser:
         for key in keys:
             if self.loses and len(self.value) == length - 1:
                 self.loses = False
-                self.books.pin_sent |= step == "pin"  # it counts as sent, so arrival takes it
+                self.world.pin_sent |= step == "pin"  # it counts as sent, so arrival takes it
                 continue
             self.value += key
             if len(self.value) == length:
@@ -5605,7 +5612,7 @@ class PaperBrowser:
 
     def complete(self, step: str) -> None:
         """The field holds a whole value, so the page has it."""
-        self.books.reached(step, self.value)
+        self.world.reached(step, self.value)
         if self.scene.auto:
             self.submit(step)
         elif self.scene.whole in ("clears", "trims"):
@@ -5633,85 +5640,21 @@ class PaperBrowser:
         return None
 
 
-class Story:
-    """A few runs in turn with credentials of their own."""
+def tell_on_paper(world: HostileWorld) -> None:
+    """A few runs at full speed; the API is the imitation's, wherever the login page seems to be."""
+    dice, send = world.dice, upstox_tokens.send
+    place = dice.choice(("here", "here", "upstox.com"))
+    if place == "upstox.com":
+        world.write_env(UPSTOX_BASE_URL="https://api.upstox.com")
 
-    def __init__(self, world: World, number: int) -> None:
-        self.world, self.dice = world, random.Random(f"story {number}")
-        self.place, self.pages = self.dice.choice(("here", "here", "upstox.com")), 0
-        self.books = Books(world, mobile=f"9{self.dice.randrange(10**9):09}",
-                           pin=f"{self.dice.randrange(10**6):06}")
-        world.hidden |= {*self.books.texts.values()}
+    def send_here(config: upstox_tokens.Config, *given: Any, **named: Any) -> upstox_tokens.Answer:
+        return send(config._replace(base_url=world.broker.api), *given, **named)
 
-    def tell(self) -> None:
-        """All its runs, each checked at its end."""
-        for _ in range(self.dice.randrange(1, 5)):
-            self.run(self.dice.choice(("CLI", "CLI", "CLI", "REST", "MENU")))
-            self.world.moment += self.dice.choice((0, 5, 300, 40000, -100))  # also back
-
-    def arrive(self, state: str) -> str:
-        """The address of the redirect, sometimes with another state than ours."""
-        self.books.arrived()
-        if self.place == "upstox.com":  # always: nothing may be left to the network
-            return f"{REDIRECT_URI}?code=abc123&state=other"
-        state = self.dice.choice((state,) * 9 + ("other",))
-        return self.world.broker.send_back(self.books.name, state).headers[0][1]
-
-    def run(self, source: str) -> None:
-        """As generate_by_browser does it, but in a browser of paper."""
-        said = io.StringIO()
-        options = {"--db": self.world.db, "--env-file": self.world.folder / ".env"}
-        argv = ["--mode", "ALL", *(str(part) for pair in options.items() for part in pair)]
-        ctx = upstox_tokens.Context(upstox_tokens.parse_arguments(argv, {}), {}, self.world.now,
-                                    self.world.sleep, said, said, input)
-        ctx.path = self.world.db
-        config = upstox_tokens.load_config(ctx, "SELENIUM")._replace(**self.books.texts)
-        lifted = ""
-        if source == "MENU" and self.dice.random() < 0.7:
-            lifted = upstox_tokens.current_hold(self.world.db, config, attended=True)
-        run = upstox_tokens.Run(ctx, config, source, "ALL", flow="SELENIUM", lifted=lifted)
-        upstox_tokens.prepare(run)
-        if self.place == "upstox.com":
-            run.config = config._replace(base_url="https://api.upstox.com")
-        self.books.run(source, lifted)
-        try:
-            self.log_in_all(run, PaperBrowser(self, self.dice.random() < 0.1))
-            hold = upstox_tokens.current_hold(run.path, config, source == "MENU")
-            self.books.check(run.exit_code, hold, run.progress)
-        except upstox_tokens.Stopped:  # the next run goes on
-            pass
-        finally:
-            upstox_tokens.unlock_database(run.lock)
-        shown = [secret for secret in self.books.texts.values() if secret in said.getvalue()]
-        assert not shown, f"{shown} told: {said.getvalue()}"
-
-    def log_in_all(self, run: upstox_tokens.Run, browser: PaperBrowser) -> None:
-        blocker = upstox_tokens.lift_hold(run)
-        run.operator = bool(blocker)
-        for app in run.apps:
-            self.books.login(app.name)
-            if blocker:
-                run.settle(app.name, "SKIPPED", blocker)
-            else:
-                blocker = upstox_tokens.generate_one(run, app, browser)
-
-
-def paper_pages(table: Table, number: int) -> None:
-    """Hostile pages against the login logic, at full speed."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    stories = itertools.count()
-    with table.promise("hostile pages: one PIN a run, two codes, own hosts, true words") as tally, \
-            mock.patch.object(tempfile, "tempdir", memory):
-        while tally.tried < number:
-            with World(3, moment=NOON) as world:  # a new one now and then: its audit table grows
-                for place in itertools.islice(stories, 25):
-                    story = Story(world, place)
-                    with tally.trial(f"story {place}", 0):
-                        story.tell()
-                    tally.tried += story.pages
-                    world.moment += 3600
-                with tally.trial("what was said", 0):
-                    world.check_said()
+    with mock.patch.multiple(upstox_tokens, send=send_here,
+                             Browser=lambda *_: PaperBrowser(world, place)):
+        for _ in range(dice.randrange(1, 5)):
+            world.run(*dice.choice([("--mode", "ALL")] * 3 + [("--mode", "ALL", "-q"), ()]))
+            world.moment += dice.choice((0, 5, 300, 40000, -100))  # also back
 
 
 # ---- the same pages in a real browser
@@ -5774,76 +5717,74 @@ go(START);
 
 
 class HostileBroker(Broker):
-    """Its login pages are hostile ones, drawn by seed; all that is typed is told to the books."""
+    """Shows the hostile pages to a real browser, and tells the books what is typed there."""
 
-    books: Books
-
-    def __init__(self, dice: random.Random) -> None:
-        super().__init__()
-        self.dice, self.plays = dice, dict[str, list[Scene]]()
+    world: HostileWorld
 
     def handle(self, request: Request) -> Reply | str:
         if request.path != "/told":
             return super().handle(request)
-        query = dict(parse_qsl(urlsplit(request.headers["Referer"]).query))
-        scene = self.plays[query["client_id"]][int(request.query["place"])]
-        value = request.body.decode()
-        with self.lock:
-            if request.query["kind"] == "moved" and scene.takes_code():
-                self.books.codes = 0
-            if request.query["kind"] == "typed":
-                self.books.need(request.host == "login", "typed on the foreign host")
-                self.books.reached(scene.step, value)
+        scene = self.world.scenes[int(request.query["place"])]
+        if request.query["kind"] == "moved":
+            self.world.moved(scene)
+        else:
+            self.world.need(request.host == "login", "typed on the foreign host")
+            self.world.reached(scene.step, request.body.decode())
         return json_reply({})
 
     def on_page(self, request: Request) -> Reply:
         if request.path != "/":
             return Reply(404)
-        internal, place = request.query["client_id"], int(request.query.get("place", 0))
-        if internal not in self.plays:
-            self.plays[internal] = hostile_page(self.dice)
-            self.books.login(self.app_of_page(request))
-        texts = {"mobile": MOBILE, "otp": "123456", "pin": PIN}
-        scenes = []
-        for scene in self.plays[internal]:
-            values = {"start": texts.get(scene.step, "")[:-1], "other": "12"}
-            scenes.append(scene._asdict() | {"value": values.get(scene.value, "")})
-        hop = f"{self.hop}{HOP_PATH}?client_id={internal}"
+        if "place" not in request.query:
+            self.world.open_page(self.app_of_page(request))
+        scenes = [scene._asdict() for scene in self.world.scenes]
+        place = int(request.query.get("place", 0))
+        hop = f"{self.hop}{HOP_PATH}?client_id={request.query['client_id']}"
         data = json.dumps([scenes, FIELDS, place, self.login, self.foreign, hop])
         return html_reply(STAGE.replace("/*DATA*/null", data.replace("<", "\\u003c")))
 
     on_foreign = on_page
 
     def send_back(self, name: str, state: str | None) -> Reply:
-        self.books.arrived()
-        return super().send_back(name, state)
+        """Sometimes with another state than ours."""
+        self.world.arrived()
+        return super().send_back(name, self.world.dice.choice((state,) * 9 + ("other",)))
+
+
+def tell_in_browser(world: HostileWorld) -> None:
+    for _ in range(2):
+        world.run("--mode", "ALL")
+        world.moment += 300
+
+
+def hostile_pages(table: Table, number: int, what: str, tell: Callable[[HostileWorld], None],
+                  workers: int = 1) -> None:
+    """Stories, each with a world and credentials of its own, until there were so many pages."""
+    def work(place: int) -> None:
+        if tally.tried < number:
+            with tally.trial(f"story {place}", 0), HostileWorld(f"story {place}") as world:
+                try:
+                    tell(world)
+                finally:
+                    tally.tried += world.pages
+
+    with table.promise(what) as tally, ThreadPoolExecutor(workers) as pool:
+        list(pool.map(work, range(number)))
+
+
+def paper_pages(table: Table, number: int) -> None:
+    """Hostile pages against the login logic, at full speed."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with mock.patch.object(tempfile, "tempdir", memory):
+        hostile_pages(table, number,
+                      "hostile pages: one PIN a run, two codes, own hosts, true words",
+                      tell_on_paper)
 
 
 def browser_pages(table: Table, number: int) -> None:
     """Hostile pages in a real browser, with less patience."""
-    with table.promise("hostile pages in a real browser") as tally, mock.patch.multiple(
-            upstox_tokens, PAGE_SECONDS=3, OUTCOME_SECONDS=4, CAPTCHA_SECONDS=2):
-        def play(place: int) -> None:
-            if tally.tried >= number:
-                return
-            broker = functools.partial(HostileBroker, random.Random(f"play {place}"))
-            with tally.trial(f"play {place}", 0), World(3, moment=NOON, broker=broker) as world:
-                books = world.broker.books = Books(world)
-                try:
-                    for _ in range(2):
-                        books.run("CLI")
-                        done = world.call("--mode", "ALL", "--json")
-                        told = json.loads(done.out)
-                        books.check(done.code, told["hold"], {
-                            row["apiName"]: (row["state"], row["message"] or "VALID")
-                            for row in told["results"]})
-                        world.moment += 300
-                finally:
-                    tally.tried += len(world.broker.plays)
-
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(play, range(number)))
-
+    with mock.patch.multiple(upstox_tokens, PAGE_SECONDS=3, OUTCOME_SECONDS=4, CAPTCHA_SECONDS=2):
+        hostile_pages(table, number, "hostile pages in a real browser", tell_in_browser, 3)
 
 
 # ---- programs in processes of their own: killed, started at once, refused, listened to
