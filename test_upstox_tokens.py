@@ -2046,11 +2046,6 @@ class AnswerTest(Case):
         self.assertEqual((world.snapshot(), named), (
             before, {(f"upstox_tokens/{upstox_tokens.__version__}", "application/json")}))
 
-    def test_profile_calls_run_side_by_side(self) -> None:
-        world = self.world(profile_delay=0.3)
-        world.seed_valid()
-        self.assertEqual((world.call("--status").code, world.broker.max_profiles_in_flight), (0, 6))
-
     def test_words(self) -> None:
         """The sentences, as --check tells them of its pre-flight."""
         world = self.world(apps=1, notifier_url=NOTIFIER, error_keys="error_code")
@@ -2261,36 +2256,26 @@ class RunTest(Case):
 
     @unittest.skipIf(sys.platform == "win32", "no such signals")
     def test_signals(self) -> None:
-        """Stopped while it waits for the broker: a look, and a run, whose lock is free then."""
-        stops = (signal.SIGINT, signal.SIGTERM)
-        handlers = [signal.getsignal(signum) for signum in stops]
-
-        def work(row: tuple[tuple[str, str], int]) -> None:
-            (route, line), signum = row
-            with World(apps=1, **{f"{route}_delay": 60}) as world:
+        """Stopped while it waits for the broker, six calls side by side: a look, and a run, whose
+        lock is free then. What the caller ignores (nohup) does not stop it.
+        """
+        def work(row: tuple[tuple[str, str], Sequence[int]]) -> None:
+            (route, line), signums = row  # the last one ends it, those before are ignored
+            with World(**{f"{route}_delay": 60}) as world:
                 world.seed_valid()
-                tokens, process = world.tokens(), world.start(*line.split())
-                world.until(lambda: world.broker.count(route))
-                process.send_signal(signum)
+                tokens, process = world.tokens(), world.start(*line.split(), preexec_fn=lambda: [
+                    signal.signal(signum, signal.SIG_IGN) for signum in signums[:-1]])
+                world.until(lambda: world.broker.count(route) == 6, 9)
+                for signum in signums:
+                    process.send_signal(signum)
                 self.assertEqual(world.finish(process), (
-                    128 + signum, "", "Stopped. Tokens generated so far are kept.\n"))
+                    128 + signums[-1], "", "Stopped. Tokens generated so far are kept.\n"))
                 world.broker.switches = Switches(**REFUSED)
                 self.assertEqual((world.call("--mode", "ALL").code, world.tokens()), (1, tokens))
 
         self.table(work, itertools.product(
-            (("profile", "--status"), ("dialog", "--mode ALL")), stops), workers=2)
-        self.assertEqual([signal.getsignal(signum) for signum in stops], handlers)
-
-    def test_ignored_signal(self) -> None:
-        """What its caller ignores (nohup) is ignored; the first of these would have ended it."""
-        world = self.world(apps=1, profile_delay=60)
-        world.seed_valid()
-        process = world.start("--status", preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_IGN))
-        world.until(lambda: world.broker.count("profile"))
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGTERM)
-        self.assertEqual(world.finish(process).code, 143)
+            (("profile", "--status"), ("dialog", "--mode ALL")),
+            ([signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGTERM])), workers=2)
 
 
 # ==== Configuration ===============================================================================
@@ -3127,9 +3112,9 @@ class ModuleTest(Case):
         script = """import os, signal, socket, sys, threading
 mask, handlers = os.umask(18), [signal.getsignal(number) for number in (2, 15, 13)]
 import upstox_tokens
-assert handlers == [signal.getsignal(number) for number in (2, 15, 13)]
 assert os.umask(mask) == 18 and threading.active_count() == 1 and not socket.getdefaulttimeout()
 codes = [upstox_tokens.main(line.split()) for line in sys.argv[1:]]
+assert handlers == [signal.getsignal(number) for number in (2, 15, 13)]
 assert not {'selenium', 'pyotp', 'urllib3'} & set(sys.modules)
 sys.exit(f'ended with {codes}' if any(codes) else 0)"""
         world = self.world(notifier_url=NOTIFIER)
