@@ -2363,23 +2363,16 @@ class ConfigTest(Case):
     def test_values(self) -> None:
         world = self.world()
 
-        def work(row: tuple[str, str, str]) -> None:
-            key, value, problem = row
-            world.write_env(**{key: value})
+        def work(row: tuple[dict[str, str | None], list[str]]) -> None:
+            changes, lines = row
+            world.write_env(**changes)
             world.db.unlink(missing_ok=True)
-            if problem:
-                return self.refuse(world, f"{key}: {problem}")
+            if lines:
+                return self.refuse(world, *lines)
             self.assertEqual((world.call("--import-config").code, world.db.exists()), (0, True))
-        self.table(work, [(key, value, problem * (value in wrong))
-                          for key, (problem, wrong, right) in VALUES.items()
-                          for value in wrong + right])
-
-    def test_apps(self) -> None:
-        world = self.world()
-        for changes, lines in APP_RULES:
-            with self.subTest(lines):
-                world.write_env(**changes)
-                self.refuse(world, *lines, argv=["--status"])
+        self.table(work, APP_RULES + [({key: value}, [f"{key}: {problem}"] * (value in wrong))
+                                      for key, (problem, wrong, right) in VALUES.items()
+                                      for value in wrong + right])
 
     def test_what_each_command_needs(self) -> None:
         """A key that is missing stops exactly the commands that need it."""
