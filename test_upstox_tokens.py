@@ -2399,9 +2399,9 @@ class ConfigTest(Case):
             "UPSTOX_PIN": "12", "UPSTOX_TOTP": None, "UPSTOX_REDIRECT_URI": "nowhere",
             "UPSTOX_API_NAME_1": "OTHER", "UPSTOX_CLIENT_SECRET_2": None})
         path = world.folder / ".env"
-        path.write_text(path.read_text() + "UPSTOX_SERVE_KEY short\n")
-        line = path.read_text().count("\n")
-        self.refuse(world, f"{path}, line {line}: expected KEY=value",
+        path.write_text(f"UPSTOX_PIN 5566123\n{path.read_text()}UPSTOX_SERVE_KEY short")
+        last = path.read_text().count("\n") + 1
+        self.refuse(world, *(f"{path}, line {line}: expected KEY=value" for line in (1, last)),
                     "UPSTOX_TOTP: is not set; flow SELENIUM needs it",
                     f"UPSTOX_PIN: {VALUES['UPSTOX_PIN'][0]}",
                     f"UPSTOX_REDIRECT_URI: {VALUES['UPSTOX_REDIRECT_URI'][0]}",
@@ -2415,16 +2415,11 @@ class ConfigTest(Case):
                 with self.subTest(text):
                     self.assertEqual(upstox_tokens.parse_env(text, "f"),
                                      bad if value is None else ({"K": value}, []))
-        world = self.world()
-        text = world.folder.joinpath(".env").read_bytes()
-        path = world.write_env(b"# one\nUPSTOX_PIN 5566123\n" + text + b"oops 5566123")
-        last = path.read_text().count("\n") + 1
-        self.refuse(world, *(f"{path}, line {number}: expected KEY=value" for number in (2, last)))
-        world.write_env(b"# one\n\nUPSTOX_PIN=5566123\xff\n" + text)
-        self.refuse(world, f"{path}, line 3: not UTF-8 text")
 
-    def test_which_env_file(self) -> None:
-        """--env-file, else .env here, else beside the script; the environment wins over all."""
+    def test_which_files(self) -> None:
+        """Env file and database: the named one, else the one here, else beside the script; else a
+        new database here. The environment wins over every env file.
+        """
         world = self.world()
         own, beside = world.folder / ".env", world.folder / "bin"
         program, text = shutil.copy(PROGRAM, beside), own.read_text()
@@ -2432,17 +2427,24 @@ class ConfigTest(Case):
             path.touch(mode=0o600)
             path.write_text(re.sub(rf"(?m)^\w+_[{count}-9]=.*\n", "", text))
 
-        def listed(*argv: str, **env: str) -> int:
-            done = world.process("--status", *argv, program=program, env=env)
-            return done.out.count(": NOT FOUND\n")
+        def used(*argv: str, **env: str) -> tuple[int, str]:
+            """How many apps the env file has, and the database."""
+            done = world.process("--status", "-v", *argv, program=program, env=env)
+            header = done.out.partition("\n")[0].removeprefix("Token Status Summary: ")
+            return done.out.count(": NOT FOUND\n"), header
 
-        self.assertEqual((listed("--env-file", "named"), listed()), (4, 3))
-        self.assertEqual(listed(UPSTOX_API_NAME_0="FOO"), 0)
+        self.assertEqual(used(), (3, str(world.db)))
+        sqlite3.connect(beside / world.db.name).close()
+        self.assertEqual(used("--env-file", "named"), (4, str(beside / world.db.name)))
+        sqlite3.connect(world.db).close()
+        self.assertEqual(used("--db", "named.db"), (3, str(world.folder / "named.db")))
+        self.assertEqual(used(UPSTOX_API_NAME_0="FOO"), (0, ""))
         own.unlink()
         own.mkdir()  # a folder of that name, as virtual environments have it, is no env file
-        self.assertEqual(listed(), 2)
+        self.assertEqual(used(), (2, str(world.db)))
         beside.joinpath(".env").unlink()
-        self.assertEqual(listed(**dict(line.split("=", 1) for line in text.splitlines())), 6)
+        settings = dict(line.split("=", 1) for line in text.splitlines())
+        self.assertEqual(used(**settings), (6, str(world.db)))
         self.assertEqual(world.process("--status", program=program), (2, "", (
             f"error: No UPSTOX_ setting was found, neither in the environment nor in {own} and "
             f"{beside / '.env'}. Copy env.sample to .env and fill it in; it explains the keys.\n"
@@ -2450,6 +2452,9 @@ class ConfigTest(Case):
 
     def test_env_file_that_cannot_be_used(self) -> None:
         world = self.world()
+        path = world.write_env(b"# one\n\nUPSTOX_PIN=5566123\xff\n")
+        self.refuse(world, f"{path}, line 3: not UTF-8 text")
+        world.write_env()
         for path, reason in ((world.folder / "missing", "No such file or directory"),
                              (world.folder, "Is a directory")):
             self.refuse(world, f"The env file {path} cannot be read: {reason}.",
@@ -2678,23 +2683,6 @@ class DatabaseTest(Case):
         self.table(work, itertools.product(
             ("bin", "gone/x.db", "file/x.db", "dangling"),
             ("--mode ALL", "--status", "--import-config", "--check")))
-
-    def test_which_database(self) -> None:
-        """--db, else vega_trade.db here, else beside the script, else a new one here."""
-        world = self.world()
-        beside = world.folder / "bin"
-        program = shutil.copy(PROGRAM, beside)
-
-        def used(*argv: str) -> str:
-            done = world.process("--status", "-v", *argv, program=program)
-            return done.out.splitlines()[0].removeprefix("Token Status Summary: ")
-
-        self.assertEqual(used(), str(world.db))
-        sqlite3.connect(beside / world.db.name).close()
-        self.assertEqual(used(), str(beside / world.db.name))
-        sqlite3.connect(world.db).close()
-        self.assertEqual(used(), str(world.db))
-        self.assertEqual(used("--db", "named.db"), str(world.folder / "named.db"))
 
     def test_locked(self) -> None:
         """Waited for, then told; a writer does not disturb those who only look."""
