@@ -1957,20 +1957,6 @@ class TokenTest(Case):
             {"apiName": "PRIMARY", "status": "VALID", "reason": "", "lastAttempt": None,
              "validityAt": local_text(next_cutoff(NOON)), "generatedAt": None}]))
 
-    def test_one_row_per_name(self) -> None:
-        """All rows of the name are replaced; is_primary follows the name, api_index the number."""
-        port = free_port()
-        world = self.world(apps=2, notifier_url=f"http://127.0.0.1:{port}/8fd1", approve_after=0)
-        world.write_env(re.sub(  # the two change places
-            r"_(\d)(?==)", lambda found: f"_{1 - int(found[1])}", world.env_text({})))
-        for index in (0, None, 5):
-            world.seed_valid("PRIMARY", api_index=index)
-        done = world.call("--mode", "ALL", "--flow", "V3", "--serve", f"127.0.0.1:{port}")
-        self.assertEqual((done.code, done.out), (0, summary(WEBSOCKET1="VALID", PRIMARY="VALID")))
-        rows = world.rows("api_name, is_primary, api_index", "upstox_tokens ORDER BY api_index")
-        self.assertEqual([tuple(row.values()) for row in rows],
-                         [("WEBSOCKET1", 0, 0), ("PRIMARY", 1, 1)])
-
 
 PROOF = '{"status":"success","data":{}}'
 ODD_BODIES = ["", "{}", "[]", "7", "null", '"success"', "[" * 100_000, '{"a":' * 50_000,
@@ -4708,21 +4694,29 @@ V3_ERRORS: list[tuple[Any, str]] = [  # the broker's answer to a request -> what
 
 class PhoneRunTest(PhoneCase):
     def test_six_in_any_order(self) -> None:
-        """Requests are on disk before they are sent; rows as the guide has them; no login."""
+        """Requests are on disk before they are sent; rows as the guide has them; no login.
+
+        All rows of a name are replaced; is_primary follows the name, api_index the number.
+        """
         world, noted = self.phone(by_app=approvals(0.5, 0, 0.2, 0.1, 0.4, 0)), []
         world.broker.acts["v3"] = lambda request: noted.append(
             (Broker.app_of(request.path.rpartition("/")[2]), "REQUESTED") in world.audit())
-        world.seed_guide()
+        world.names.reverse()
+        world.write_env()
+        for _ in range(2):
+            world.seed_guide()
         before = world.tokens()
         began, expiry = time.time(), next_cutoff(time.time())
         done = self.run_v3(world)
-        self.assertEqual((done.code, done.out), (0, ALL_VALID), done.err)
+        valid = summary(**dict.fromkeys(world.names, "VALID"))
+        self.assertEqual((done.code, done.out), (0, valid), done.err)
         self.assertNotIn("arning", done.err)
         self.assertCountEqual(world.broker.details("v3"), APPS)
         self.assertEqual({request.headers["Content-Type"] for request in world.broker.requests
                           if "/token/request/" in request.path}, {"application/json"})
         self.assertEqual(noted, [True] * 6)
         self.assertEqual(world.broker.count("dialog"), 0)
+        self.assertCountEqual([row["api_name"] for row in world.rows()], APPS)
         for row in world.rows():
             name, token, created = row["api_name"], row["access_token"], row["created_at"]
             self.assertNotIn(token, before.values())
@@ -4732,7 +4726,7 @@ class PhoneRunTest(PhoneCase):
             self.assertEqual(
                 {key: value for key, value in row.items() if key != "id" and value is not None},
                 token_row(name, token, created / 1000, created_at=created, updated_at=created,
-                          expires_in=row["expires_in"]))
+                          expires_in=row["expires_in"], api_index=world.names.index(name)))
         self.assertCountEqual(
             [(row["api_name"], row["source"], row["flow"]) for row in world.audit_rows()
              if row["outcome"] == "GENERATED"], [(name, "WEBHOOK", "V3") for name in APPS])
