@@ -2745,7 +2745,7 @@ look();
 
 # ---- HTTP API: requests, routes, the server ------------------------------------------------------
 
-# status, payload (a dictionary becomes JSON, a text is HTML), headers
+# status, payload (bytes, or what becomes JSON), headers
 Reply = tuple[int, Any, Mapping[str, str]]
 
 
@@ -2793,7 +2793,8 @@ def get_page(server: Server, request: Handler) -> Reply:
     policy = (f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src "
               "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
     page = PAGE.replace("NONCE", nonce).replace("FLOW", server.ctx.args.flow)
-    return 200, page, {"Content-Security-Policy": policy}
+    return 200, page.encode(), {"Content-Type": "text/html; charset=utf-8",
+                                "Content-Security-Policy": policy}
 
 
 def one_line(error: TokenError) -> str:
@@ -3006,9 +3007,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise HttpError(404, "not found")
         method, route, groups = found
         if preflight:
-            return 204, None, {"Access-Control-Allow-Methods": method, "Access-Control-Max-Age": "600",
-                               "Access-Control-Allow-Headers": "Authorization, Content-Type",
-                               "Access-Control-Allow-Private-Network": "true"}
+            return 204, b"", {"Access-Control-Allow-Methods": method, "Access-Control-Max-Age": "600",
+                              "Access-Control-Allow-Headers": "Authorization, Content-Type",
+                              "Access-Control-Allow-Private-Network": "true"}
         self.need_method(method)
         return route(server, self, *groups)
 
@@ -3064,14 +3065,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def answer(self, code: int, payload: Any, headers: Mapping[str, str]) -> None:
-        kind, body = "application/json", b""
-        if isinstance(payload, str):
-            kind, body = "text/html; charset=utf-8", payload.encode()
-        elif payload is not None:
-            body = json.dumps(payload).encode()
+        body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
         self.send_response(code)
-        common = {"Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": "no-store",
-                  "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+        common = {"Content-Type": "application/json", "Content-Length": str(len(body)),
+                  "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                  "Referrer-Policy": "no-referrer"}
         for name, value in {**common, **self.cors, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
