@@ -1333,6 +1333,7 @@ class World:
         self.broker = broker(**switches)
         self.moment = moment
         self.prompts: list[str] = []
+        self.open_browser: Callable[..., Any] = upstox_tokens.Browser
         self.hidden = {KEY, PIN[:-1], base64.b64encode(PIN.encode()).decode()}
         self.err = io.StringIO()  # what the run in this process has said so far
         self.server: subprocess.Popen[str] | None = None
@@ -1523,7 +1524,8 @@ class World:
         options = [] if "--env-file" in argv else ["--env-file", self.folder / ".env"]
         options += [] if "--db" in argv else ["--db", self.db]
         code = upstox_tokens.main([*map(str, [*argv, *options])], out=out, err=self.err, ask=ask,
-                                  environ=self.environ(env), now=self.now, sleep=self.sleep)
+                                  environ=self.environ(env), now=self.now, sleep=self.sleep,
+                                  browser=self.open_browser)
         done = Done(code, out.getvalue(), self.err.getvalue())
         self.check_said(done.out, done.err, *self.prompts)
         return done
@@ -5598,8 +5600,8 @@ def tell_on_paper(world: HostileWorld) -> None:
     def send_here(config: upstox_tokens.Config, *given: Any, **named: Any) -> upstox_tokens.Answer:
         return send(config._replace(base_url=world.broker.api), *given, **named)
 
-    with mock.patch.multiple(upstox_tokens, send=send_here,
-                             Browser=lambda *_: PaperBrowser(world, place)):
+    world.open_browser = lambda *_: PaperBrowser(world, place)
+    with mock.patch.multiple(upstox_tokens, send=send_here):
         for _ in range(dice.randrange(1, 5)):
             world.run(*dice.choice([("--mode", "ALL")] * 3 + [("--mode", "ALL", "-q"), ()]))
             world.moment += dice.choice((0, 5, 300, 40000, -100))  # also back

@@ -279,9 +279,10 @@ class Context:
     """
 
     def __init__(self, args: argparse.Namespace, environ: Mapping[str, str], now: Callable[[], float],
-                 sleep: Callable[[float], None], out: TextIO, err: TextIO, ask: Callable[[str], str]) -> None:
+                 sleep: Callable[[float], None], out: TextIO, err: TextIO, ask: Callable[[str], str],
+                 browser: Callable[..., Browser]) -> None:
         self.args, self.environ, self.now, self.sleep = args, environ, now, sleep
-        self.out, self.err, self.ask = out, err, ask
+        self.out, self.err, self.ask, self.browser = out, err, ask, browser
         self.path = Path()  # of the database, once main has found it
         self.kept: list[str] | None = [] if args.quiet and args.command != "menu" else None
         self.counting = ""  # the countdown that stands on the terminal
@@ -2398,7 +2399,7 @@ def generate_by_browser(run: Run) -> None:
         refused = {app.name: explain(answer) for app, (answer, _) in zip(run.apps, answers)
                    if error_code(answer)[0] == "UDAPI100068"}
     uris = [app.redirect_uri for app in run.apps]
-    with contextlib.closing(Browser(uris, run.headed, run.ctx.environ)) as browser:
+    with contextlib.closing(run.ctx.browser(uris, run.headed, run.ctx.environ)) as browser:
         for app in run.apps:
             if blocker or run.ctx.stopping.is_set():
                 run.settle(app.name, "SKIPPED", blocker or "the program was stopped")
@@ -3260,7 +3261,7 @@ def browser_problems(ctx: Context, config: Config) -> tuple[str, str]:
     broker's own and shows a step that this program knows."""
     app = config.apps[0]
     run = Run(ctx, config, "CLI", "PARTIAL", [app.name], flow="SELENIUM", headed=ctx.args.headed)
-    with contextlib.closing(Browser([app.redirect_uri], ctx.args.headed, ctx.environ)) as browser:
+    with contextlib.closing(ctx.browser([app.redirect_uri], ctx.args.headed, ctx.environ)) as browser:
         try:
             browser.open("about:blank")
         except (LoginFailed, PageFault) as error:
@@ -3376,7 +3377,8 @@ def ask_on_terminal(prompt: str) -> str:
 
 def main(argv: Sequence[str] | None = None, *, out: TextIO | None = None, err: TextIO | None = None,
          ask: Callable[[str], str] = ask_on_terminal, environ: Mapping[str, str] | None = None,
-         now: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep) -> int:
+         now: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep,
+         browser: Callable[..., Browser] = Browser) -> int:
     """Run one command; the exit code of contract 5. The keywords replace the process's own for tests."""
     environ = dict(os.environ if environ is None else environ)
     try:
@@ -3384,7 +3386,7 @@ def main(argv: Sequence[str] | None = None, *, out: TextIO | None = None, err: T
     except SystemExit as stop:  # argparse has said what is wrong
         return stop.code if isinstance(stop.code, int) else USAGE
     out, err = out or open_stream(sys.stdout), err or open_stream(sys.stderr)
-    ctx = Context(args, environ, now, sleep, out, err, ask)
+    ctx = Context(args, environ, now, sleep, out, err, ask, browser)
     os.umask(0o077)  # whatever is created may hold tokens
     try:
         with ctx.signals_handled():
