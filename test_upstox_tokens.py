@@ -44,8 +44,8 @@ What is known of the broker -> the switch that shows it ("always": without one)
 
 Nobody has seen these; a changed page, or a stranger in between, would look like it: rename,
 page="terms", the answers terms, consent, silent and foreign, leave_on_input, clears,
-pin_autosubmit, unguarded, counter, keep_hidden_inputs, hooks, down, and the API's hang, drip,
-endless, gzip, header_flood and truncated.
+pin_autosubmit, by_script, unguarded, counter, keep_hidden_inputs, hooks, down, and the API's hang,
+drip, endless, gzip, header_flood and truncated.
 
 Known facts without a switch: the old login hosts and forms, Android and iOS pages, the QR login
 itself, accounts of several people, extended and analytics tokens, sandbox, logout, static IP rules,
@@ -237,8 +237,8 @@ class Switches:
     # what the login page does while something is typed
     otp_autosubmit: int | None = None  # the sixth digit submits the form, this many ms later
     pin_autosubmit: int | None = None
-    # the page would send again what it is sending already: by submitting its form, or by a script
-    unguarded: str | None = None
+    by_script: bool = False  # its forms are never submitted: a script sends what they hold
+    unguarded: bool = False  # the page would send again what it is sending already
     counter: int | None = None  # a line that counts, every so many ms, stands beside the PIN
     clears: str = ""  # id of a field that empties itself once it is complete
     late_name: int | None = None  # ms after the PIN's last digit until the heading knows the name
@@ -275,7 +275,7 @@ class Switches:
 PAGE_SWITCHES = (  # what the login page itself has to know
     "page", "remember", "lead_phone", "otp_mask", "otp_button_always_enabled", "rename", "spinner",
     "keep_hidden_inputs", "toast_ms", "captcha", "captcha_form", "otp_autosubmit", "pin_autosubmit",
-    "unguarded", "counter", "clears", "rerender", "leave_on_input", "hooks", "late_name", )
+    "by_script", "unguarded", "counter", "clears", "rerender", "leave_on_input", "hooks", "late_name", )
 
 BLANK_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Login to Upstox</title></head>
@@ -316,7 +316,7 @@ function forget() {
 // neither caret nor focus is to be seen: two pictures of the same page are the same
 const field = (name, more) => `<input id="${idOf(name)}" ${more} ${look("display:block;" +
   "margin:8px 0;padding:12px;caret-color:transparent;border:1px solid;outline:none")}>`;
-const TYPE = `type="${CFG.unguarded === "script" ? "button" : "submit"}"`;
+const TYPE = `type="${CFG.by_script ? "button" : "submit"}"`;
 const button = (name, more = TYPE) => `<button id="${idOf(name)}" ${more}
   ${look("min-width:240px;height:44px;border:1px solid;outline:none")}></button>`;
 const NEW_PIN = "Create a new 6-digit PIN";
@@ -514,7 +514,7 @@ document.addEventListener("submit", event => {
   if (!state.busy && SUBMIT[event.target.id]) SUBMIT[event.target.id]();
 });
 function submit(form) {
-  if (CFG.unguarded === "script") SUBMIT[form.id](); else form.requestSubmit();
+  if (!CFG.by_script) form.requestSubmit(); else if (!state.busy) SUBMIT[form.id]();
 }
 document.addEventListener("input", ({target}) => {
   const name = FIELDS.find(name => idOf(name) === target.id);
@@ -3287,9 +3287,9 @@ class VariantTest(LoginCase):
         ({"clock_offset": -19, "page_delay": 0.5}, [
             {}, {"stale_identity": True}, {"redirect_delay": 1, "pin_autosubmit": 150},
             {"step_delay": 2, "spinner": 1500}, {"dialog_answer": "direct"}], (2, 2, 4)),
-        ({"unguarded": "form", "step_delay": 0.6, "otp_autosubmit": 0, "pin_autosubmit": 0}, [
-            {}], (1, 1, 1)),
-        ({"unguarded": "script", "step_delay": 0.6}, [{}], (1, 1, 1)),
+        ({"unguarded": True, "step_delay": 0.6, "otp_autosubmit": 0, "pin_autosubmit": 0}, [{}],
+         (1, 1, 1)),
+        ({"unguarded": True, "step_delay": 0.6, "by_script": True}, [{}], (1, 1, 1)),
         ({}, [{"late_name": 150}, {"late_name": 0}, {"counter": 50}], (1, 1, 3)),
         ({"captcha": "auto", "captcha_seconds": 0.3, "remember": False}, [
             {"captcha_form": "page"}, {"captcha_form": "explicit"}, {"captcha_form": "frame"}],
@@ -3311,7 +3311,8 @@ class VariantTest(LoginCase):
     def test_page_that_sends_by_itself(self) -> None:
         """By a script that nobody can see, and would send it again: it is given time to go on."""
         with mock.patch.multiple(upstox_tokens, SETTLE_SECONDS=5):
-            self.log_in(({"remember": False, "unguarded": "script", "step_delay": 0.1}, [
+            self.log_in(({"remember": False, "by_script": True, "unguarded": True,
+                          "step_delay": 0.1}, [
                 {"otp_autosubmit": 0, "pin_autosubmit": 100},
                 {"otp_autosubmit": 100, "pin_autosubmit": 0}], (2, 2, 2)))
 
@@ -3508,7 +3509,8 @@ class PinTest(LoginCase):
         ({"pin_answer": "consent"}, 'not know.*"Allow access to your account', False, 3, 1),
         ({"clears": "pinCode", "pin_autosubmit": 0, "pin_answer": "silent"}, "PIN", False, 1, 1),
         ({"pin_autosubmit": 150, "pin_answer": "1017999"}, "something went wrong", False, 1, 1),
-        ({"pin_autosubmit": 0, "pin_answer": DEVANAGARI}, f'PIN.*"{DEVANAGARI[:30]}', False, 1, 1),
+        ({"pin_autosubmit": 0, "by_script": True, "pin_answer": DEVANAGARI},
+         f'PIN.*"{DEVANAGARI[:30]}', False, 1, 1),
         ({"pin_answer": "1017600"}, "request was refused.*PIN had been sent", False, 1, 1),
         ({"pin_answer": "1017079"}, "session.*PIN had been sent", False, 1, 1),
         ({"pin_answer": WRONG_PIN}, "refused the PIN .*UPSTOX_PIN", True, 3, 1),
