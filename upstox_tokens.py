@@ -574,8 +574,6 @@ def env_apps(settings: Mapping[str, str]) -> list[App]:
 
 def check_numbers(numbers: Sequence[int], label: str) -> list[str]:
     """The problems of the apps' numbers (the guide 3.2): one to six, contiguous from 0."""
-    if not numbers:
-        return [f"{label.format('CLIENT_ID', 0)}: is not set; at least one app is needed"]
     if len(numbers) > 6 or set(numbers) - set(range(6)):
         return [f"{label.format('CLIENT_ID', numbers[-1])}: at most six apps, numbered 0 to 5"]
     return [f"{label.format('CLIENT_ID', gap)}: is not set; apps are numbered from 0 without a gap"
@@ -643,14 +641,13 @@ def load_config(ctx: Context, use: str) -> Config:
     if settings.get("UPSTOX_CONFIG_SOURCE") == "DB" and not ctx.args.import_config:
         apps, numbers = stored_apps(ctx.path)
         label = "upstox_api_configs, api_index {1}, {0}"
+        no_app = "upstox_api_configs: no row is enabled. Fill the table with --import-config."
     else:
         apps = env_apps(settings)
         numbers, label = [app.index for app in apps], "UPSTOX_{0}_{1}"
-    problems = problems + check_settings(settings, apps, use)
-    if label.startswith("upstox_api_configs") and not apps:
-        problems.append("upstox_api_configs: no row is enabled. Fill the table with --import-config.")
-    else:
-        problems += check_numbers(numbers, label) + check_apps(apps, label)
+        no_app = "UPSTOX_CLIENT_ID_0: is not set; at least one app is needed"
+    problems += check_settings(settings, apps, use)
+    problems += check_numbers(numbers, label) + check_apps(apps, label) if apps else [no_app]
     if problems:
         raise TokenError("\n".join(problems), USAGE)
     get = settings.get
