@@ -4112,14 +4112,16 @@ def raw(address: tuple[str, int], sent: bytes) -> tuple[int, dict[str, str], str
 class WebCase(Case):
     """What the tests behind HTTP share."""
 
-    def served(self, *argv: str, seed: Callable[[World], object] | None = None,
-               at: str = "127.0.0.1:0", limits: Mapping[str, float] | None = None,
-               **options: Any) -> World:
+    def place(self, world: World) -> str:
+        """Where its server listens, unless a test says otherwise."""
+        return "127.0.0.1:0"
+
+    def served(self, *argv: str, seed: Callable[[World], object] = lambda world: None,
+               at: str = "", limits: Mapping[str, float] | None = None, **options: Any) -> World:
         """A world with a server; `seed` puts tokens there first."""
         world = self.world(**options)
-        if seed:
-            seed(world)
-        world.serve(at, *argv, limits=limits)
+        seed(world)
+        world.serve(at or self.place(world), *argv, limits=limits)
         return world
 
     def answers(self, world: World, rows: Iterable[Asked]) -> None:
@@ -4159,8 +4161,8 @@ class RequestTest(WebCase):
         """Who may ask is decided at the start: what the env file says later does not count."""
         keyed = {"UPSTOX_ALLOWED_ORIGINS": ORIGIN, "UPSTOX_SERVE_KEY": KEY}
         for rows, at, env in (
-                (OPEN_ACCESS, "127.0.0.1:0", {"UPSTOX_ALLOWED_ORIGINS": f"{VITE}, {ORIGIN}/"}),
-                (V6_ACCESS, "[::1]:0", {}), (KEY_ACCESS, "127.0.0.1:0", keyed),
+                (OPEN_ACCESS, "", {"UPSTOX_ALLOWED_ORIGINS": f"{VITE}, {ORIGIN}/"}),
+                (V6_ACCESS, "[::1]:0", {}), (KEY_ACCESS, "", keyed),
                 (FAR_ACCESS, "0.0.0.0:0", keyed)):
             world = self.served(seed=World.seed_valid, at=at, env=env, dialog_answer="100068")
             world.write_env(UPSTOX_SERVE_KEY=KEY[::-1], UPSTOX_ALLOWED_ORIGINS="")
@@ -4573,22 +4575,14 @@ class BrowserJobTest(BrowserCase, WebCase):
 class PhoneCase(WebCase):
     """A notifier at a free port of this machine, and no credentials in the configuration."""
 
-    def phone(self, *, env: Mapping[str, str | None] = {}, hook: str = HOOK,
+    def world(self, *, env: Mapping[str, str | None] = {}, hook: str = HOOK,
               **options: Any) -> World:
         notifier = f"http://127.0.0.1:{free_port()}{hook}"
-        return self.world(env={**NO_LOGIN, **env}, **{"notifier_url": notifier} | options)
+        return super().world(env={**NO_LOGIN, **env}, notifier_url=notifier, **options)
 
     def place(self, world: World) -> str:
+        """Where deliveries arrive."""
         return urlsplit(world.broker.switches.notifier_url).netloc
-
-    def receiver(self, *argv: str, seed: Callable[[World], object] | None = None,
-                 limits: Mapping[str, float] | None = None, **options: Any) -> World:
-        """A world with a server where deliveries arrive."""
-        world = self.phone(**options)
-        if seed:
-            seed(world)
-        world.serve(self.place(world), *argv, limits=limits)
-        return world
 
     def run_v3(self, world: World, *argv: str) -> Done:
         """A run that listens by itself, in this process."""
@@ -4656,7 +4650,7 @@ V3_ERRORS: list[tuple[Any, str]] = [  # the broker's answer to a request -> what
 class PhoneRunTest(PhoneCase):
     def test_six_in_any_order(self) -> None:
         """Requests are on disk before they are sent; rows as the guide has them; no login."""
-        world, noted = self.phone(by_app=approvals(0.5, 0, 0.2, 0.1, 0.4, 0)), []
+        world, noted = self.world(by_app=approvals(0.5, 0, 0.2, 0.1, 0.4, 0)), []
         world.broker.acts["v3"] = lambda request: noted.append(
             (Broker.app_of(request.path.rpartition("/")[2]), "REQUESTED") in world.audit())
         world.seed_guide()
@@ -4683,7 +4677,7 @@ class PhoneRunTest(PhoneCase):
              if row["outcome"] == "GENERATED"], [(name, "WEBHOOK", "V3") for name in APPS])
 
     def test_what_cannot_be_noted_is_not_asked_for(self) -> None:
-        world = self.phone(apps=1)
+        world = self.world(apps=1)
         self.run_v3(world, "--wait", "0.001")  # makes the tables
         world.sql("CREATE TRIGGER full BEFORE INSERT ON upstox_token_audit BEGIN "
                   "SELECT RAISE(ABORT, 'no more rows'); END")
@@ -4693,7 +4687,7 @@ class PhoneRunTest(PhoneCase):
         self.assertIn("no more rows", done.out + done.err)
 
     def test_errors(self) -> None:
-        world = self.phone(apps=1)
+        world = self.world(apps=1)
 
         def work(row: tuple[Any, str]) -> None:
             world.broker.switches.v3_answer = row[0]
@@ -4710,7 +4704,7 @@ class PhoneRunTest(PhoneCase):
     def test_one_failure_stops_nobody_else(self) -> None:
         """One app has expired, two are approved, others not in time; another notifier is told."""
         other = f"https://other.example.com/{APPS['PRIMARY'][1]}"
-        world = self.phone(notifier_shown=other, by_app={"PRIMARY": {"v3_answer": "UDAPI1157"}} | {
+        world = self.world(notifier_shown=other, by_app={"PRIMARY": {"v3_answer": "UDAPI1157"}} | {
             name: {"approve_after": 0.1} for name in TWO})
         world.seed_guide()
         before = world.tokens()
@@ -4726,7 +4720,7 @@ class PhoneRunTest(PhoneCase):
 
     def test_refused_at_the_start(self) -> None:
         """A run that could not be reached would wait in vain: exit 2, and nothing is asked for."""
-        world = self.phone()
+        world = self.world()
         for place, words in (("nonsense", "is not HOST:PORT"),
                              ("0.0.0.0:1", "UPSTOX_SERVE_KEY: is not set")):
             done = world.call("--mode", "ALL", "--flow", "V3", "--serve", place)
@@ -4735,7 +4729,7 @@ class PhoneRunTest(PhoneCase):
 
     def test_run_in_the_foreground(self) -> None:
         """It answers at the notifier's path only; a signal ends it at once, what came is kept."""
-        world = self.phone()
+        world = self.world()
         run = world.start("--mode", "ALL", "--flow", "V3", "--serve", self.place(world))
         world.address = ("127.0.0.1", int(self.place(world).rpartition(":")[2]))
         world.until(lambda: world.broker.count("v3") == 6)
@@ -4750,8 +4744,8 @@ class PhoneRunTest(PhoneCase):
 
     def test_beside_the_server(self) -> None:
         """The server listens then; a late approval arrives there too, after a run has given up."""
-        world = self.receiver(seed=World.seed_guide, limits=LATE,
-                              by_app=approvals(0.4, 0.3, 0.2, 0.1, 0, None))
+        world = self.served(seed=World.seed_guide, limits=LATE,
+                            by_app=approvals(0.4, 0.3, 0.2, 0.1, 0, None))
         self.assertEqual(len(world.ask().json["valid"]), 3)
         done = self.run_v3(world, "--wait", "0.05")
         self.assertEqual((done.code, len(world.tokens())), (1, 5), done.err)
@@ -4798,7 +4792,7 @@ STRANGE_BODIES = [
 class DeliveryTest(PhoneCase):
     def test_what_is_not_stored(self) -> None:
         """Nothing changes, one line each for a configured app, and no answer tells a stranger."""
-        world = self.receiver(seed=World.seed_valid, one_token_per_app=False)
+        world = self.served(seed=World.seed_valid, one_token_per_app=False)
         self.request(world, "PRIMARY")
         before, true = world.tokens(), world.broker.delivery("PRIMARY")
 
@@ -4825,8 +4819,8 @@ class DeliveryTest(PhoneCase):
 
     def test_owner(self) -> None:
         """Known from a valid token's profile, later from what was delivered; never guessed."""
-        world = self.receiver(seed=lambda world: world.seed_valid("WEBSOCKET1"),
-                              one_token_per_app=False)
+        world = self.served(seed=lambda world: world.seed_valid("WEBSOCKET1"),
+                            one_token_per_app=False)
 
         def foreign() -> dict[str, Any]:
             token = world.broker.issue("PRIMARY", OTHER)
@@ -4859,7 +4853,7 @@ class DeliveryTest(PhoneCase):
             self.assertTrue(4500 < row["expires_in"] <= 5000)
             return body
 
-        world = self.receiver(apps=1)
+        world = self.served(apps=1)
         self.request(world, "PRIMARY")
         old = approve(str)
         self.assertIn("not stored", self.refused(world, old))
@@ -4882,7 +4876,7 @@ class DeliveryTest(PhoneCase):
         """Nothing is stored while the broker or the database is away, the token afterwards."""
         def work(fault: str) -> None:
             limits = dict.fromkeys(("READ_SECONDS", "PROOF_SECONDS", "STORE_SECONDS"), 0.3)
-            world = self.receiver(seed=World.seed_valid, apps=1, limits=limits)
+            world = self.served(seed=World.seed_valid, apps=1, limits=limits)
             self.request(world, "PRIMARY")
             before, body = world.tokens(), world.broker.delivery("PRIMARY")
             with self.away(world, fault):
@@ -4918,7 +4912,7 @@ class DeliveryTest(PhoneCase):
 
     def test_two_at_the_same_time(self) -> None:
         """One request, two deliveries that are being proven together: one of them is stored."""
-        world = self.receiver(apps=1, one_token_per_app=False, profile_delay=0.5)
+        world = self.served(apps=1, one_token_per_app=False, profile_delay=0.5)
         self.request(world, "PRIMARY")
         for _ in range(2):
             self.deliver(world, world.broker.delivery("PRIMARY"))
@@ -4933,7 +4927,7 @@ class DeliveryTest(PhoneCase):
         public = {"Host": "hooks.example.com", "Origin": "https://api.upstox.com"}
         for hook in (HOOK, "/auth/upstox/notify/Zr5tqB81x"):
             with self.subTest(hook):
-                world = self.receiver(apps=1, hook=hook, env={"UPSTOX_SERVE_KEY": KEY})
+                world = self.served(apps=1, hook=hook, env={"UPSTOX_SERVE_KEY": KEY})
                 self.request(world, "PRIMARY", **RIGHT)
                 start = f"POST {hook} HTTP/1.1\r\nContent-Length: "
                 codes = [raw(world.address, f"{start}{tail}".encode())[0] for tail in (
@@ -4953,7 +4947,7 @@ class DeliveryTest(PhoneCase):
 class PhoneServerTest(PhoneCase):
     def test_job(self) -> None:
         """It waits for the operator, says for what and until when; deliveries end it."""
-        world = self.receiver("--flow", "V3", seed=World.seed_guide, limits=LATE)
+        world = self.served("--flow", "V3", seed=World.seed_guide, limits=LATE)
         got = world.post({"mode": "INVALID_ONLY"})
         self.assertEqual((got.code, got.json["apiNames"]), (202, RENEWED))
         waiting = r"waiting for approval on the phone until \d\d:\d\d$"
@@ -4978,7 +4972,7 @@ class PhoneServerTest(PhoneCase):
 
     def test_back_end_that_switches_a_token_off_meanwhile(self) -> None:
         """A row that changed is no delivery: the app is still awaited when a later one has come."""
-        world = self.receiver(seed=World.seed_valid, apps=2)
+        world = self.served(seed=World.seed_valid, apps=2)
         self.request(world, "PRIMARY", "WEBSOCKET1")
         world.sql("UPDATE upstox_tokens SET is_active = 0, updated_at = 1 WHERE is_primary")
         self.approve(world, "WEBSOCKET1")
@@ -4989,7 +4983,7 @@ class PhoneServerTest(PhoneCase):
 
     def test_sigterm(self) -> None:
         """While a job waits, and while deliveries are being proven: these are stored first."""
-        world = self.receiver()
+        world = self.served()
         self.request(world, *APPS)
         kept = self.approve(world, "OPTIONCHAIN1")
         world.broker.switches.profile_delay = 1
@@ -5061,7 +5055,7 @@ class DashboardTest(BrowserCase, PhoneCase):
         for width, story in ((1280, [self.generate_missing, self.force_all_is_asked_first]),
                              (390, [self.generate_missing, self.server_goes_and_comes])):
             with self.subTest(width):
-                world = self.receiver("--flow", "V3", seed=World.seed_guide, limits=SOON)
+                world = self.served("--flow", "V3", seed=World.seed_guide, limits=SOON)
                 self.show(world, width)
                 self.reads("#summary", "3 of 6 tokens need generating")
                 labels = [self.text(f"tr[data-api={name}] .status") for name in APPS]
@@ -5126,7 +5120,7 @@ class DashboardTest(BrowserCase, PhoneCase):
 
     def test_runs_of_others(self) -> None:
         """What cron did is seen without a click; while it is at it, the buttons say busy."""
-        world = self.receiver("--flow", "V3", apps=2, limits=SOON)
+        world = self.served("--flow", "V3", apps=2, limits=SOON)
         self.show(world)
         self.reads("#summary", "2 of 2 tokens need generating")
         self.assert_calm()
@@ -5149,7 +5143,7 @@ class DashboardTest(BrowserCase, PhoneCase):
             world.seed_old()
             remember(world, "PIN_SENT HOLD FAILED")
 
-        world = self.receiver(apps=1, seed=seed, limits=SOON, env={
+        world = self.served(apps=1, seed=seed, limits=SOON, env={
             "UPSTOX_MOBILE_NUMBER": MOBILE, "UPSTOX_PIN": PIN, "UPSTOX_TOTP": TOTP_SECRET})
         self.show(world, 390)
         self.reads("#summary", "needs? generating")
@@ -5165,7 +5159,7 @@ class DashboardTest(BrowserCase, PhoneCase):
 
     def test_key(self) -> None:
         """Asked for, kept for this tab only, and asked for again when it is no longer right."""
-        world = self.receiver(apps=1, seed=World.seed_valid, env={"UPSTOX_SERVE_KEY": KEY})
+        world = self.served(apps=1, seed=World.seed_valid, env={"UPSTOX_SERVE_KEY": KEY})
         self.show(world, 390)
         world.until(lambda: self.find("#key").is_displayed())
         for key, shown, words in (("wrong-key-of-16-characters", "#notice", "not accept"),
