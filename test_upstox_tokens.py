@@ -4095,8 +4095,8 @@ def own_address() -> str:
     return ""
 
 
-def raw(address: tuple[str, int], sent: bytes) -> tuple[int, dict[str, str], str]:
-    """Send these bytes and no more: code, headers and text of the answer, code 0 for none."""
+def raw(address: tuple[str, int], sent: bytes) -> Got:
+    """Send these bytes and no more; an answer of code 0 is none."""
     with socket.create_connection(address, 60) as connection:
         with contextlib.suppress(OSError):  # answered before all was said
             connection.sendall(sent)
@@ -4105,8 +4105,8 @@ def raw(address: tuple[str, int], sent: bytes) -> tuple[int, dict[str, str], str
         try:
             answer.begin()
         except (http.client.BadStatusLine, OSError):
-            return 0, {}, ""
-        return answer.status, dict(answer.headers), answer.read().decode()
+            return Got(0, http.client.HTTPMessage(), "")
+        return Got(answer.status, answer.headers, answer.read().decode())
 
 
 class WebCase(Case):
@@ -4223,13 +4223,12 @@ class HostileTest(WebCase):
 
         def work(row: tuple[bytes, tuple[int, ...], str]) -> None:
             began = time.monotonic()
-            code, headers, text = raw(world.address, row[0])
-            self.assertIn(code, row[1], text)
+            got = world.check_got(raw(world.address, row[0]))
+            self.assertIn(got.code, row[1], got.text)
             self.assertLess(time.monotonic() - began, 8)
-            self.assertEqual("Allow" in headers, code == 405)
-            if code >= 400:
-                self.assertEqual(headers["Content-Type"], "application/json")
-                self.assertRegex(json.loads(text)["error"], re.escape(row[2]) or r"\w")
+            self.assertEqual("Allow" in got.headers, got.code == 405)
+            if got.code >= 400:
+                self.assertRegex(got.json["error"], re.escape(row[2]) or r"\w")
 
         self.table(work, HOSTILE, workers=4)
         self.assertEqual((world.ask("GET", LATEST).code, world.broker.requests), (404, []))
@@ -4298,26 +4297,23 @@ class StatusTest(WebCase):
     def test_database_faults(self) -> None:
         """Failing checks are shared: 20 requests wait for one patience with a locked database."""
         world = self.served(seed=World.seed_valid, limits={"READ_SECONDS": 1, "SHARED_SECONDS": 2})
-        status = head(f"GET {STATUS} HTTP/1.1")
-        run = generate(b'{"mode":"ALL"}', "Content-Length: 14")
 
-        def assert_told(answer: tuple[int, Any, str], words: str) -> None:
-            self.assertEqual(answer[0], 503)
-            self.assertIn(f'{{"error": "The database {world.db} {words}', answer[2])
+        def assert_told(got: Got, words: str) -> None:
+            self.assertEqual(got.code, 503)
+            self.assertTrue(got.json["error"].startswith(f"The database {world.db} {words}"))
 
         with contextlib.closing(sqlite3.connect(world.db, isolation_level=None)) as other:
             other.execute("BEGIN EXCLUSIVE")
             began = time.monotonic()
+            status = head(f"GET {STATUS} HTTP/1.1")
             answers = crowd(20, lambda _: raw(world.address, status))
             self.assertLess(time.monotonic() - began, 5)
-        self.assertEqual({text for _, _, text in answers}, {answers[0][2]})
-        assert_told(answers[0], "is locked by another program. Close what holds it, or ")
-        world.until(lambda: raw(world.address, status)[0] == 200)
+        self.assertEqual({got.text for got in answers}, {answers[0].text})
+        assert_told(answers[0], LOCKED)
+        world.until(lambda: world.ask().code == 200)
         world.db.write_bytes(b"no database" * 100)
-        none = "is not a SQLite database. Name the right file with --db."
-        assert_told(raw(world.address, run), none)
-        failed = world.until(lambda: (got := raw(world.address, status))[0] != 200 and got)
-        assert_told(failed, none)
+        assert_told(world.post({"mode": "ALL"}), NO_DATABASE)
+        assert_told(world.until(lambda: (got := world.ask()).code != 200 and got), NO_DATABASE)
         world.db.unlink()
         world.until(lambda: (got := world.ask()).code == 200 and len(got.json["missing"]) == 6)
 
@@ -4879,8 +4875,11 @@ class DeliveryTest(PhoneCase):
             world = self.served(seed=World.seed_valid, apps=1, limits=limits)
             self.request(world, "PRIMARY")
             before, body = world.tokens(), world.broker.delivery("PRIMARY")
+            known = world.log.stat().st_size
             with self.away(world, fault):
-                self.assertIn("PRIMARY: ", self.told(world, body))
+                self.assertEqual(self.deliver(world, body)[0], 200)
+                told = world.until(lambda: world.log.read_text()[known:])
+                self.assertIn("PRIMARY: ", told)
             self.assertEqual(world.tokens(), before)
             self.stored(world, body)
             self.assertEqual(world.ended()["state"], "DONE")
@@ -4888,12 +4887,6 @@ class DeliveryTest(PhoneCase):
 
         self.table(work, ("503", "locked", "moved", *map(slow, ("html", "429", "reset", "hang"))),
                    workers=3)
-
-    def told(self, world: World, body: Any) -> str:
-        """Deliver this and wait for a line."""
-        known = world.log.stat().st_size
-        self.assertEqual(self.deliver(world, body)[0], 200)
-        return world.until(lambda: world.log.read_text()[known:])
 
     @contextlib.contextmanager
     def away(self, world: World, fault: str) -> Iterator[None]:
@@ -4930,7 +4923,7 @@ class DeliveryTest(PhoneCase):
                 world = self.served(apps=1, hook=hook, env={"UPSTOX_SERVE_KEY": KEY})
                 self.request(world, "PRIMARY", **RIGHT)
                 start = f"POST {hook} HTTP/1.1\r\nContent-Length: "
-                codes = [raw(world.address, f"{start}{tail}".encode())[0] for tail in (
+                codes = [raw(world.address, f"{start}{tail}".encode()).code for tail in (
                     "10485760\r\n\r\n" + "x" * 10485760, "\r\n\r\n{}", "99\r\n\r\n{}")]
                 self.assertEqual(codes, [413, 400, 400])
                 for path in ("/", "/healthz", STATUS, LATEST, hook + "/", hook.upper()):
