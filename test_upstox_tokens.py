@@ -4346,6 +4346,12 @@ class StatusTest(WebCase):
         self.assertEqual(world.ask("GET", LATEST).code, 404)
 
 
+def bad_night(world: World) -> None:
+    """Tokens of yesterday, and a cron run whose PIN was refused."""
+    world.seed_old()
+    remember(world, "PIN_SENT HOLD FAILED")
+
+
 class JobTest(WebCase):
     def test_jobs(self) -> None:
         """(body, apps); the broker knows none of the apps, so no browser is needed."""
@@ -4409,11 +4415,7 @@ class JobTest(WebCase):
 
     def test_hold(self) -> None:
         """Told in status and jobs; nothing is tried until the env file is mended."""
-        def seed(world: World) -> None:
-            world.seed_valid()
-            remember(world, "PIN_SENT HOLD FAILED")
-
-        world = self.served(seed=seed, limits=SOON, apps=1, dialog_answer="100068")
+        world = self.served(seed=bad_night, limits=SOON, apps=1, dialog_answer="100068")
         report = world.ask().json
         self.assertEqual((report["hold"], report["tokens"][0]["lastAttempt"]["source"]),
                          (NOTED, "CLI"))
@@ -5131,12 +5133,8 @@ class DashboardTest(BrowserCase, PhoneCase):
         self.reads("#notice", "busy")
 
     def test_hold_of_the_night(self) -> None:
-        """A cron run whose PIN was refused: when, by whom, why, and what to do about it."""
-        def seed(world: World) -> None:
-            world.seed_old()
-            remember(world, "PIN_SENT HOLD FAILED")
-
-        world = self.served(apps=1, seed=seed, limits=SOON, env={
+        """When cron's run failed, why, and what to do about it."""
+        world = self.served(apps=1, seed=bad_night, limits=SOON, env={
             "UPSTOX_MOBILE_NUMBER": MOBILE, "UPSTOX_PIN": PIN, "UPSTOX_TOTP": TOTP_SECRET})
         self.show(world, 390)
         self.reads("#summary", "needs? generating")
