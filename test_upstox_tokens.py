@@ -3198,12 +3198,12 @@ class ScheduleTest(Case):
 class LoginCase(BrowserCase):
     """Logins whose patience is shortened."""
 
-    # a toast has gone by then, and a page's patience ends before the broker's
-    LIMITS: Mapping[str, float] = {"PAGE_SECONDS": 5, "OUTCOME_SECONDS": 6, "CAPTCHA_SECONDS": 1}
-
     def setUp(self) -> None:
         super().setUp()
-        limits = mock.patch.multiple(upstox_tokens, **self.LIMITS)
+        # a toast has gone by then, and a page's patience ends before the broker's
+        limits = mock.patch.multiple(
+            upstox_tokens, PAGE_SECONDS=5, OUTCOME_SECONDS=6, CAPTCHA_SECONDS=1,
+            CAPTCHA_HEADED_SECONDS=40, EXCHANGE_SECONDS=2, STORE_SECONDS=1)
         limits.start()
         self.addCleanup(limits.stop)
 
@@ -3304,7 +3304,7 @@ class GuideTest(LoginCase):
         self.assertEqual({row["source"] for row in world.audit_rows()}, {"MENU"})
 
 
-class VariantTest(LoginCase):
+class VariantTest(BrowserCase):
     """The login page as it may look: all tokens come out VALID, in one browser."""
 
     # switches, the looks of each app's page, what is sent in all
@@ -3330,9 +3330,7 @@ class VariantTest(LoginCase):
     ]
 
     def test_variants(self) -> None:
-        with mock.patch.multiple(upstox_tokens, PAGE_SECONDS=30, OUTCOME_SECONDS=60,
-                                 CAPTCHA_SECONDS=15):
-            self.table(self.log_in, self.ROWS, workers=3)
+        self.table(self.log_in, self.ROWS, workers=3)
 
     def log_in(self, row: Any) -> None:
         switches, looks, sent = row
@@ -3403,6 +3401,8 @@ LOGINS: list[Any] = [
     slow(Login({"page": "loader"}, 1, ["blank"], (0, 0, 0), 2)),
     slow(Login({"mobile_answer": ["hang"]}, 1, ["did not go on", ""], (2, 1, 1))),
     slow(Login({"mobile_answer": ["reset"]}, 1, ["lost its connection", ""], (2, 1, 1))),
+    # a code that led to another page was taken, whatever that page wants; no PIN is invented
+    Login({"create_pin": True}, 1, ["failed: .*create a new PIN"], (1, 1, 0)),
     # two codes that were not taken are enough
     Login({"otp_answer": [WRONG_OTP]}, 0, ["", ""], (1, 2, 2)),
     codes(["Invalid OTP. Please resend OTP and try again [1017070]"] * 2, ["TOTP.*UPSTOX_TOTP"],
@@ -3448,8 +3448,7 @@ class FailureTest(LoginCase):
     """Page or broker say no: a sentence of its own, the right exit code, the old row kept."""
 
     def test_logins(self) -> None:
-        with mock.patch.multiple(upstox_tokens, EXCHANGE_SECONDS=2):
-            self.table(self.meet, LOGINS, workers=4)
+        self.table(self.meet, LOGINS, workers=4)
 
     def meet(self, row: Login) -> None:
         apps = len(row.said) + 2 * (row.code == 3)
@@ -3596,32 +3595,6 @@ class PinTest(LoginCase):
         self.assertEqual(world.sent(), (1, 1, 1))
 
 
-class TotpTest(LoginCase):
-    """No code twice, none that is about to end, none without need."""
-
-    def test_windows(self) -> None:
-        """A code with less than 5 s left waits for the next window; none is sent twice, whoever
-        sent it, though the clock was set back by an hour in between.
-        """
-        world = self.world(1, moment=NOON, totp_single_use=False)
-        remember(world, "CODE_SENT CODE_TAKEN CODE_SENT CODE_TAKEN")
-        for row, window in ((1, NOON + 30), (3, NOON - 3600)):
-            world.sql(f"UPDATE upstox_token_audit SET number = {window // 30} WHERE id = {row}")
-        # the clock when a run starts, the window of its code, the clock when it was sent
-        for start, window, sent in ((25.5, 60, 60), (-3545.5, -3570, -3545.5)):
-            world.moment = NOON + start
-            self.assertEqual(world.call("--mode", "ALL").code, 0)
-            self.assertEqual(world.broker.codes[-1], totp(TOTP_SECRET, NOON + window))
-            self.assertEqual(world.moment, NOON + sent)
-
-    def test_taken(self) -> None:
-        """A code that led to another page was taken, whatever that page wants."""
-        world = self.world(1, moment=NOON, create_pin=True)
-        self.assertEqual(world.call("--mode", "ALL").code, 1)
-        self.assertEqual(world.audit("CODE_TAKEN"), [("PRIMARY", "CODE_TAKEN")])
-        self.assertEqual(world.sent(), (1, 1, 0), "a PIN was invented")
-
-
 class CheckTest(LoginCase):
     """--check, line by line: reads only, spends nothing."""
 
@@ -3743,19 +3716,24 @@ class StopTest(LoginCase):
         self.assertEqual(done.code, 143, done.err)
         self.assertEqual(world.tokens(), {"PRIMARY": next(iter(world.broker.tokens))})
 
-    def test_database_refuses(self) -> None:
-        """A database that takes no rows any more, once a login is under way, costs one login."""
-        world = self.world(3, moment=NOON)
-        old = world.seed_old()
-        world.broker.acts["token"] = lambda _: world.sql(REJECT.format("INSERT"))
-        with mock.patch.multiple(upstox_tokens, STORE_SECONDS=1):
-            done = world.call("--mode", "ALL")
-        self.check(world, done, 1, ["could not be stored", "not tried", "not tried"], (1, 1, 1))
-        self.assertEqual(world.tokens(), old)
-
 
 class MemoryTest(LoginCase):
     """What was sent is remembered with the database, and what cannot be noted is not sent."""
+
+    def test_windows(self) -> None:
+        """A code with less than 5 s left waits for the next window; none is sent twice, whoever
+        sent it, though the clock was set back by an hour in between.
+        """
+        world = self.world(1, moment=NOON, totp_single_use=False)
+        remember(world, "CODE_SENT CODE_TAKEN CODE_SENT CODE_TAKEN")
+        for row, window in ((1, NOON + 30), (3, NOON - 3600)):
+            world.sql(f"UPDATE upstox_token_audit SET number = {window // 30} WHERE id = {row}")
+        # the clock when a run starts, the window of its code, the clock when it was sent
+        for start, window, sent in ((25.5, 60, 60), (-3545.5, -3570, -3545.5)):
+            world.moment = NOON + start
+            self.assertEqual(world.call("--mode", "ALL").code, 0)
+            self.assertEqual(world.broker.codes[-1], totp(TOTP_SECRET, NOON + window))
+            self.assertEqual(world.moment, NOON + sent)
 
     def test_travels_with_the_database(self) -> None:
         """An audit table of an older version; a copied file."""
@@ -3770,17 +3748,22 @@ class MemoryTest(LoginCase):
         world.db = world.folder / "copy.db"
         self.check_nothing_tried(world)
 
-    def test_what_cannot_be_noted(self) -> None:
-        for outcome, sent in (("CODE_SENT", (1, 0, 0)), ("PIN_SENT", (1, 1, 0))):
-            with self.subTest(outcome=outcome):
+    def test_database_that_takes_no_more(self) -> None:
+        """What cannot be noted is not sent; a token that cannot be stored costs one login."""
+        note = """CREATE TRIGGER no BEFORE INSERT ON upstox_token_audit
+            WHEN NEW.outcome = '{}' BEGIN SELECT RAISE(ABORT, 'no'); END"""
+        for trigger, said, sent in (
+                (note.format("CODE_SENT"), "failed: .*cannot be noted", (1, 0, 0)),
+                (note.format("PIN_SENT"), "failed: .*cannot be noted", (1, 1, 0)),
+                (REJECT.format("INSERT"), "could not be stored", (1, 1, 1))):
+            with self.subTest(trigger):
                 world = self.world(3, moment=NOON, otp_autosubmit=0, pin_autosubmit=0)
-                world.sql(f"""{AUDIT_DDL.format("")};
-                    CREATE TRIGGER no BEFORE INSERT ON upstox_token_audit
-                    WHEN NEW.outcome = '{outcome}' BEGIN SELECT RAISE(ABORT, 'no'); END""")
+                old = world.seed_old()
+                world.sql(AUDIT_DDL.format(""))
+                world.broker.acts["page"] = lambda _: world.sql(trigger)
                 done = world.call("--mode", "INVALID_ONLY")
-                self.assertEqual((done.code, world.sent(), world.tokens()), (1, sent, {}), done.err)
-                self.assertRegex(done.out, "(?m)^PRIMARY: failed: .*cannot be noted")
-                self.assertRegex(done.out, "(?m)^WEBSOCKET1: not tried: .*PRIMARY")
+                self.check(world, done, 1, [said], sent)
+                self.assertEqual(world.tokens(), old)
 
 
 class PrivacyTest(LoginCase):
@@ -3888,8 +3871,6 @@ class PrivacyTest(LoginCase):
 @unittest.skipUnless(shutil.which("Xvfb"), "Xvfb is missing, install with: sudo apt install xvfb")
 class HeadedTest(LoginCase):
     """A CAPTCHA in front of an operator, in a visible browser on a display of the test's own."""
-
-    LIMITS = {"PAGE_SECONDS": 5, "CAPTCHA_SECONDS": 1, "CAPTCHA_HEADED_SECONDS": 40}
 
     def setUp(self) -> None:
         super().setUp()
