@@ -622,7 +622,7 @@ def check_settings(settings: Mapping[str, str], apps: Sequence[App], use: str) -
 def read_settings(ctx: Context) -> tuple[dict[str, str], list[str]]:
     """The UPSTOX_ settings, the environment's over the env file's, and the problems of the file."""
     places = places_of(".env")
-    file = ctx.args.env_file or next(filter(Path.is_file, places), None)  # .env may be a venv's folder
+    file = ctx.args.env_file or next(filter(os.path.isfile, places), None)  # .env may be a venv's folder
     from_file, problems = read_env_file(file) if file else ({}, [])
     merged = {**from_file, **ctx.environ}.items()
     settings = {key: value.strip() for key, value in merged if key.startswith("UPSTOX_") and value.strip()}
