@@ -275,7 +275,8 @@ class Switches:
 PAGE_SWITCHES = (  # what the login page itself has to know
     "page", "remember", "lead_phone", "otp_mask", "otp_button_always_enabled", "rename", "spinner",
     "keep_hidden_inputs", "toast_ms", "captcha", "captcha_form", "otp_autosubmit", "pin_autosubmit",
-    "by_script", "unguarded", "counter", "clears", "rerender", "leave_on_input", "hooks", "late_name", )
+    "by_script", "unguarded", "counter", "clears", "rerender", "leave_on_input", "hooks",
+    "late_name")
 
 BLANK_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Login to Upstox</title></head>
@@ -2078,7 +2079,8 @@ class AnswerTest(Case):
         with Listener() as listener:
             proxy = f"http://127.0.0.1:{listener.port}"
             self.table(work, [
-                ("VALID", f"{api}/", proxy, ""), (unknown, f"http://127.0.0.1:{free_port()}", proxy, ""),
+                ("VALID", f"{api}/", proxy, ""),
+                (unknown, f"http://127.0.0.1:{free_port()}", proxy, ""),
                 (unknown, api.replace("http:", "https:"), "", ""),
                 # a proxy for https is asked for a tunnel and sees no token
                 (unknown, "https://nobody.upstox.com", proxy, "CONNECT nobody.upstox.com:443 ")])
@@ -2439,7 +2441,7 @@ class ConfigTest(Case):
             "error: UPSTOX_CLIENT_ID_0: is not set; at least one app is needed\n")))
 
     def test_folder_that_may_not_be_searched(self) -> None:
-        """As for `sudo -u` in the home of root: no env file here, so settings come from elsewhere."""
+        """As for `sudo -u` in the home of root: there is no env file, others may hold settings."""
         world, out, err, before = self.world(), io.StringIO(), io.StringIO(), os.getcwd()
         settings = dict(line.split("=", 1) for line in (world.folder / ".env").read_text().split())
         closed = world.folder / "closed"
@@ -5960,7 +5962,7 @@ class Fuzz:
         self.settings, _ = upstox_tokens.parse_env((world.folder / ".env").read_text(), "")
         args = upstox_tokens.parse_arguments(["--status", "--db", str(self.path)], {})
         self.ctx = upstox_tokens.Context(args, self.settings, time.time, time.sleep, io.StringIO(),
-                                         io.StringIO(), input)
+                                         io.StringIO(), input, upstox_tokens.Browser)
         self.ctx.path = self.path
         self.config = upstox_tokens.load_config(self.ctx, "menu")
         self.columns = re.findall(r'(?m)^ +"(\w+)"', TOKENS_DDL)[1:]
