@@ -3120,6 +3120,13 @@ sys.exit(f'ended with {codes}' if any(codes) else 0)"""
         names = [re.match(r"\w+", name)[0] for name in json.loads(settings["dependencies"])]
         self.assertEqual(names, ["selenium", "pyotp"])
 
+    def test_stress(self) -> None:
+        """Its parts that need no browser begin and end; what they find is for the full numbers."""
+        for part in ("pages", "fuzz"):
+            done = subprocess.run([sys.executable, __file__, "stress", part, "5"],
+                                  capture_output=True, encoding="utf-8")
+            self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+
     def test_budget(self) -> None:
         """One file that a person can read, without a function that fills more than a screen."""
         text = PROGRAM.read_text(encoding="utf-8")
