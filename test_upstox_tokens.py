@@ -218,7 +218,6 @@ class Switches:
     one_token_per_app: bool = True  # a new token ends the app's older one
     totp_single_use: bool = True  # a code that was accepted once is refused the second time
     create_pin: bool = False  # no PIN set yet: the PIN step asks to invent one
-    user_id: str = USER_ID  # of tokens issued from now on
 
     # the look of the login page
     page: str = ""  # blank, loader (never ends), hang (no answer), terms (before the first step)
@@ -252,12 +251,12 @@ class Switches:
     otp_answer: Answer = None
     pin_answer: Answer = None  # also dormant, something_went_wrong (the approval fails)
 
-    # what the API answers: a Reply, a UDAPI code without that word, 401 429 500 503 html empty
+    # what the API answers: a Reply, a UDAPI code without that word, 401 429 500 503 html
     # truncated hang drip endless gzip header_flood reset, and what is named here
     dialog_answer: Answer = None  # direct (302 to the redirect URI at once), foreign (302 there)
     dialog_status: int = 401  # HTTP status of the dialog's refusals
     token_answer: Answer = None  # no_token, wrong_type
-    profile_answer: Answer = None  # redirect (to another host, see broker.leaked), success_false
+    profile_answer: Answer = None  # success_false
     v3_answer: Answer = None
     redirect_state: Answer = None  # of the redirect to the app: missing, other; no_code
     error_keys: str = "both"  # errorCode, error_code
@@ -878,9 +877,8 @@ class Broker:
         """A switch's value, for this app."""
         return self.switches.by_app.get(app, {}).get(name, getattr(self.switches, name))
 
-    def issue(self, name: str, user_id: str | None = None) -> str:
+    def issue(self, name: str, user_id: str = USER_ID) -> str:
         """Make a token that the broker takes, as if the app had logged in."""
-        user_id = user_id or self.switch("user_id", name)
         token = new_token(user_id)
         with self.lock:
             for older in self.tokens.values():
@@ -898,7 +896,7 @@ class Broker:
     def delivery(self, name: str, **changes: Any) -> dict[str, Any]:
         """The body that reaches the notifier after an approval; issues the token it carries."""
         now = self.now()
-        body = {"client_id": APPS[name][0], "user_id": self.switch("user_id", name),
+        body = {"client_id": APPS[name][0], "user_id": USER_ID,
                 "token_type": "Bearer", "issued_at": str(int(now * 1000)),
                 "expires_at": str(int(next_cutoff(now) * 1000)), "message_type": "access_token"}
         if "access_token" not in changes:
@@ -952,8 +950,6 @@ class Broker:
             return word
         if word in ("html", "503"):
             return html_reply(HTML, 503 if word == "503" else 200)
-        if word == "empty":
-            return Reply(200, "", [JSON_TYPE])
         known = {"401": unauthorized, "429": "UDAPI10005", "500": "UDAPI100500"}
         code = known.get(word, "UDAPI" + word.removeprefix("UDAPI"))
         return self.error(code, None if word in known else status)
@@ -1021,7 +1017,7 @@ class Broker:
         if form.get("redirect_uri") != self.switch("redirect_uri", name):
             return self.error("UDAPI100068")
         token = {"access_token": self.issue(name), "extended_token": None}
-        return json_reply(user_data(self.switch("user_id", name)) | token)
+        return json_reply(user_data(USER_ID) | token)
 
     def on_profile(self, request: Request) -> Reply | str:
         bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -1035,8 +1031,6 @@ class Broker:
         with self.lock:
             self.profiles_in_flight -= 1
         word = self.asked_for("profile_answer", name)
-        if word == "redirect":
-            return Reply(302, "", [("Location", self.hop + "/elsewhere")])
         if word == "success_false":
             return json_reply({"status": "error", "data": None})
         if word:
@@ -1195,7 +1189,7 @@ class Broker:
         values = {"auth_identity_token": identity, "auth_identity_token_expiry": expiry}
         cookies = [("Set-Cookie", f"{name}={value}; Path=/; Max-Age={DAY}")
                    for name, value in values.items()]
-        data = {"userProfile": {"userId": self.switches.user_id, "firstName": "Asha"},
+        data = {"userProfile": {"userId": USER_ID, "firstName": "Asha"},
                 "isSecretPinSet": not self.switches.create_pin}
         return page_success(data, cookies, interlude=word)
 
