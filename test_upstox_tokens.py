@@ -44,8 +44,7 @@ What is known of the broker -> the switch that shows it ("always": without one)
 
 Nobody has seen these; a changed page, or a stranger in between, would look like it: rename,
 page="terms", the answers terms, consent, silent and foreign, leave_on_input, clears,
-pin_autosubmit, keep_hidden_inputs, hooks, down, and the API's hang, drip, endless, gzip,
-header_flood and truncated.
+pin_autosubmit, keep_hidden_inputs, hooks, down, and the API's hang, drip, endless and gzip.
 
 Known facts without a switch: the old login hosts and forms, Android and iOS pages, the QR login
 itself, accounts of several people, extended and analytics tokens, sandbox, logout, static IP rules,
@@ -252,11 +251,11 @@ class Switches:
     pin_answer: Answer = None  # also dormant, something_went_wrong (the approval fails)
 
     # what the API answers: a Reply, a UDAPI code without that word, 401 429 500 503 html
-    # truncated hang drip endless gzip header_flood reset, and what is named here
+    # hang drip endless gzip reset, and what is named here
     dialog_answer: Answer = None  # direct (302 to the redirect URI at once), foreign (302 there)
     dialog_status: int = 401  # HTTP status of the dialog's refusals
-    token_answer: Answer = None  # no_token, wrong_type
-    profile_answer: Answer = None  # success_false
+    token_answer: Answer = None
+    profile_answer: Answer = None
     v3_answer: Answer = None
     redirect_state: Answer = None  # of the redirect to the app: missing, other; no_code
     error_keys: str = "both"  # errorCode, error_code
@@ -640,7 +639,7 @@ ROUTES = {  # (host, method, path): name; Broker.on_<name> answers
 }
 HTML = "<!doctype html><html><body><h1>Service Unavailable</h1></body></html>"
 # answers that are no well-formed HTTP: Handler.fault_<name>
-BAD_BYTES = {"hang", "drip", "endless", "gzip", "header_flood", "reset", "truncated"}
+BAD_BYTES = {"hang", "drip", "endless", "gzip", "reset"}
 
 
 @dataclass
@@ -746,19 +745,19 @@ class Handler(BaseHTTPRequestHandler):
                           self.headers, body)
         reply = self.server.broker.handle(request)
         if isinstance(reply, Reply):
-            self.send(reply.body.encode(), reply.headers, reply.status)
+            body, headers = reply.body.encode(), reply.headers
+            if "Content-Length" not in dict(headers):
+                headers = [*headers, ("Content-Length", str(len(body)))]
+            self.send(body, headers, reply.status)
         else:
             getattr(self, "fault_" + reply)()
 
     do_GET = do_POST = do_DELETE = answer
 
-    def send(self, body: bytes, headers: Pairs = (), status: int = 200,
-             length: int | None = None) -> None:
+    def send(self, body: bytes, headers: Pairs = (), status: int = 200) -> None:
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
-        if said := len(body) if length is None else length:
-            self.send_header("Content-Length", str(said))
         self.end_headers()
         self.wfile.write(body)
 
@@ -776,24 +775,18 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.connection.close()
 
-    def fault_truncated(self) -> None:
-        self.send(b'{"status":"success","access_tok', [JSON_TYPE], length=900)
-
     def fault_drip(self) -> None:
-        self.send(b" ", [JSON_TYPE], length=900)
+        self.send(b" ", [JSON_TYPE, ("Content-Length", "900")])
         while not self.server.broker.pause(1):
             self.wfile.write(b" ")
 
     def fault_endless(self) -> None:
-        self.send(b" ", [JSON_TYPE], length=0)
+        self.send(b" ", [JSON_TYPE])
         while not self.server.broker.pause(0):
             self.wfile.write(b" " * 65536)
 
     def fault_gzip(self) -> None:
         self.send(gzip.compress(b" " * 200_000_000, 1), [JSON_TYPE, ("Content-Encoding", "gzip")])
-
-    def fault_header_flood(self) -> None:
-        self.send(b"", [(f"X-Flood-{number}", "x" * 500) for number in range(5000)])
 
 
 class Server(ThreadingHTTPServer):
@@ -1004,9 +997,6 @@ class Broker:
         request.detail = name
         self.pause(self.switch("exchange_delay", name))
         word = self.asked_for("token_answer", name)
-        if word in ("no_token", "wrong_type"):
-            token = {"access_token": 20251123} if word == "wrong_type" else {}
-            return json_reply(user_data(USER_ID) | token)
         if word:
             return self.misbehave(word, "UDAPI100057")
         pair = (form.get("client_id", ""), form.get("client_secret", ""))
@@ -1031,8 +1021,6 @@ class Broker:
         with self.lock:
             self.profiles_in_flight -= 1
         word = self.asked_for("profile_answer", name)
-        if word == "success_false":
-            return json_reply({"status": "error", "data": None})
         if word:
             return self.misbehave(word, "UDAPI100050")
         if not token or not token.live:
@@ -1961,10 +1949,11 @@ ODD_BODIES = ["", "{}", "[]", "7", "null", '"success"', "[" * 100_000, '{"a":' *
               '{"status":{},"access_token":{"a":1},"data":"x","errors":{"errorCode":1}}',
               '{"status":1,"access_token":123456,"data":5,"errors":7}',
               '{"errors":[{"errorCode":null,"message":{"b":2}}]}']
+CUT_SHORT = Reply(200, '{"status":"success","access_tok', [("Content-Length", "900")])
 NONSENSE: list[Reply | str] = [  # what no broker should answer
     *(Reply(200, body) for body in ODD_BODIES), Reply(200, PROOF, [("Content-Length", "99")]),
     Reply(200, "{}", [("Content-Length", "five")]), Reply(200, "{}", [("Date", "x" * 500)] * 100),
-    "html", "endless", "gzip", "header_flood", "truncated"]
+    Reply(200, "", [("X-Flood", "x" * 500)] * 5000), CUT_SHORT, "html", "endless", "gzip"]
 MY_APPS = "the app's page under Developer Apps of your Upstox account"
 UNUSABLE = "the broker gave no usable answer ({}). Look at status.upstox.com, then run again."
 UNREGISTERED = ("client_id or redirect_uri is not what the broker has registered (UDAPI100068). "
@@ -2011,7 +2000,8 @@ class AnswerTest(Case):
             ("UNKNOWN (503)", "503"), ("UNKNOWN (no connection)", "reset"),
             ("UNKNOWN (timeout)", "hang"), ("UNKNOWN (timeout)", "drip"),
             *(("UNKNOWN (unexpected answer)", answer) for answer in (
-                *NONSENSE, "success_false", Reply(201, PROOF), Reply(206, PROOF),
+                *NONSENSE, Reply(201, PROOF), json_reply({"status": "error", "data": None}),
+                Reply(206, PROOF),
                 *(Reply(code, PROOF, elsewhere) for code in (301, 302, 303, 307, 308))))]
         before = world.snapshot()
 
@@ -3386,10 +3376,12 @@ LOGINS: list[Any] = [
     Login({"dialog_answer": "100068", "dialog_status": 200}, 1, ["client_id.*UDAPI100068"] * 2,
           (0, 0, 0), 0),
     Login({"redirect_state": ["other", "missing", "no_code"],
-           "token_answer": ["100069", "wrong_type", "hang"]}, 1,
+           "token_answer": [
+               "100069", json_reply(user_data(USER_ID) | {"access_token": 20251123}), "hang"]}, 1,
           ["another state", "another state", "authorization code", "secret.*UDAPI100069", "answer",
            "timeout"], (1, 1, 6)),
-    slow(Login({"token_answer": ["500", "html", "truncated", "no_token", "401", "100073"]}, 1,
+    slow(Login({"token_answer": [
+        "500", "html", CUT_SHORT, json_reply(user_data(USER_ID)), "401", "100073"]}, 1,
                ["UDAPI100500", "answer", "answer", "answer", "UDAPI100057", "inactive"],
                (1, 1, 6))),
     # before a secret was typed once more with a fresh browser, after it never
