@@ -828,7 +828,6 @@ class Broker:
         self.wrong_pins = 0
         self.auth_codes: dict[str, tuple[str, bool]] = {}  # code: (api name, still good)
         self.tokens: dict[str, Token] = {}
-        self.leaked: list[str] = []  # Authorization headers that followed a redirect elsewhere
         self.stolen: list[str] = []  # all that was typed into the foreign host's page or sent there
         self.heard: list[str] = []  # what the page's scripts were handed (switch hooks)
         self.acts: dict[str, Callable[[Request], object]] = {}  # done before a route answers
@@ -1054,7 +1053,6 @@ class Broker:
         return self.send_back(name, state) if name else self.error("UDAPI100068")
 
     def on_elsewhere(self, request: Request) -> Reply:
-        self.leaked.extend(filter(None, [request.headers.get("Authorization")]))
         return json_reply({"status": "success", "data": user_data(USER_ID)})
 
     def on_foreign(self, request: Request) -> Reply:
@@ -2011,7 +2009,7 @@ class AnswerTest(Case):
                 done = world.call("--status")
             self.assertEqual(done, (int(expected != "VALID"), summary(PRIMARY=expected), ""))
         self.table(work, rows)
-        self.assertEqual((world.broker.leaked, world.broker.count("elsewhere")), ([], 0))
+        self.assertEqual(world.broker.count("elsewhere"), 0)
         agents = {request.headers["User-Agent"] for request in world.broker.requests}
         self.assertEqual((world.snapshot(), agents),
                          (before, {f"upstox_tokens/{upstox_tokens.__version__}"}))
@@ -5856,7 +5854,7 @@ def hostile_answers(table: Table, number: int) -> None:
             memory = peak_memory(run)
             done = world.finish(run)
             shown = switch == "dialog_answer" and done.code == 3  # as a page nobody knows
-            assert (done.code == 1 or shown) and not world.broker.leaked, done
+            assert done.code == 1 or shown, done
             assert memory < MEMORY, f"{memory} MiB"
             worst[switch] = max(worst.get(switch, 0), memory)
 
