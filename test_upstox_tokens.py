@@ -241,9 +241,9 @@ class Switches:
     hooks: bool = False  # its scripts watch the language's own functions and report (broker.heard)
 
     # what the page's service answers. Digits: a code, of PAGE_ERRORS or any other. A text with a
-    # space: a toast of these words, "words [code]" too. Else: empty (toast), silent (no reaction),
-    # hang, reset (connection lost: "Request aborted [500]"), foreign (goes on at the foreign host),
-    # terms and consent (a page with a button comes in between)
+    # space: a toast of these words, "words [code]" too. Else: silent (no reaction), hang, reset
+    # (connection lost: "Request aborted [500]"), foreign (goes on at the foreign host), terms and
+    # consent (a page with a button comes in between)
     mobile_answer: Answer = None
     otp_answer: Answer = None
     pin_answer: Answer = None  # also dormant, something_went_wrong (the approval fails)
@@ -651,7 +651,7 @@ class Request:
     headers: Any
     body: bytes
     route: str = "unknown"
-    detail: str = ""  # mostly the api name
+    app: str = ""  # the api name, of a dialog, an exchange or a v3 request
 
     @property
     def json(self) -> dict[str, Any]:
@@ -857,8 +857,8 @@ class Broker:
         return len(self.details(route))
 
     def details(self, route: str) -> list[str]:
-        """The details (mostly api names) of this route's requests, in order."""
-        return [request.detail for request in self.requests if request.route == route]
+        """The api names that this route's requests were about, in order."""
+        return [request.app for request in self.requests if request.route == route]
 
     def switch(self, name: str, app: str = "") -> Any:
         """A switch's value, for this app."""
@@ -949,7 +949,7 @@ class Broker:
 
     def on_dialog(self, request: Request) -> Reply | str:
         query = request.query
-        name = request.detail = self.app_of(query.get("client_id", ""))
+        name = request.app = self.app_of(query.get("client_id", ""))
         self.pause(self.switch("dialog_delay", name))
         word, status = self.asked_for("dialog_answer", name), self.switches.dialog_status
         if not name or query.get("redirect_uri") != self.switch("redirect_uri", name):
@@ -988,7 +988,7 @@ class Broker:
             name, good = self.auth_codes.get(form.get("code", ""), ("", False))
             if name:
                 self.auth_codes[form["code"]] = (name, False)
-        request.detail = name
+        request.app = name
         self.pause(self.switch("exchange_delay", name))
         word = self.asked_for("token_answer", name)
         if word:
@@ -1006,7 +1006,7 @@ class Broker:
     def on_profile(self, request: Request) -> Reply | str:
         bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
         token = self.tokens.get(bearer)
-        name = request.detail = token.app if token else ""
+        name = token.app if token else ""
         with self.lock:
             self.profiles_in_flight += 1
             highest = max(self.max_profiles_in_flight, self.profiles_in_flight)
@@ -1022,7 +1022,7 @@ class Broker:
         return json_reply({"status": "success", "data": user_data(token.user_id)})
 
     def on_v3(self, request: Request) -> Reply | str:
-        name = request.detail = self.app_of(request.path.removeprefix(V3_PATH + "/"))
+        name = request.app = self.app_of(request.path.removeprefix(V3_PATH + "/"))
         if word := self.asked_for("v3_answer", name):
             return self.misbehave(word, "UDAPI100069")
         if not name or request.json.get("client_secret") != APPS[name][1]:
@@ -1043,7 +1043,6 @@ class Broker:
 
     def on_hop(self, request: Request) -> Reply:
         name, state = self._dialogs.get(request.query.get("client_id", ""), ("", None))
-        request.detail = name
         self.pause(self.switch("redirect_delay", name))
         return self.send_back(name, state) if name else self.error("UDAPI100068")
 
@@ -1069,7 +1068,7 @@ class Broker:
         return self._dialogs.get(client_id, ("", None))[0]
 
     def on_page(self, request: Request) -> Reply | str:
-        name = request.detail = self.app_of_page(request)
+        name = self.app_of_page(request)
         if (page := self.switch("page", name)) in ("hang", "blank"):
             return html_reply(BLANK_PAGE) if page == "blank" else "hang"
         if not self.switch("captcha", name) or self.switch("captcha_form", name) != "page":
@@ -1106,34 +1105,30 @@ class Broker:
             return json_reply(not self.pause(self.switch("captcha_seconds", name)))
         return json_reply(self.captcha_solved.is_set())
 
-    def step_word(self, switch: str, request: Request) -> str:
-        """What a step's answer shall be, after the time it takes; empty to behave."""
+    def step_answer(self, switch: str, request: Request,
+                    step: int) -> tuple[str, Reply | str | None]:
+        """The switch's word for a step, after the time it takes, and what is answered instead."""
         name = self.app_of_page(request)
         self.pause(self.switch("step_delay", name))
-        return self.asked_for(switch, name) or ""
-
-    def service_fault(self, word: str, step: int) -> Reply | str | None:
-        """What the page's service answers instead of doing its work; None to do it."""
+        word, fault = self.asked_for(switch, name) or "", None
         if word in BAD_BYTES:
-            return word
-        if word == "silent":
-            return json_reply({"success": False, "error": None})
-        if word == "empty":
-            return page_failure(None, "")
-        if word == "foreign":
-            return json_reply({"success": True, "moveTo": f"{self.foreign}/?step={step}"})
-        if word.isdigit():
-            return page_failure(word)
-        if " " in word:
+            fault = word
+        elif word == "silent":
+            fault = json_reply({"success": False, "error": None})
+        elif word == "foreign":
+            fault = json_reply({"success": True, "moveTo": f"{self.foreign}/?step={step}"})
+        elif word.isdigit():
+            fault = page_failure(word)
+        elif " " in word:
             text, code = re.fullmatch(r"(.*?)(?: \[(\d+)\])?", word.strip(), re.S).groups()
-            return page_failure(code, text)
-        return None
+            fault = page_failure(code, text)
+        return word, fault
 
     def on_generate(self, request: Request) -> Reply | str:
-        mobile = request.detail = str(request.data.get("mobileNumber"))
+        mobile = str(request.data.get("mobileNumber"))
         self.otp_requests.append(mobile)
-        word = self.step_word("mobile_answer", request)
-        if fault := self.service_fault(word, 1):
+        word, fault = self.step_answer("mobile_answer", request, 1)
+        if fault:
             return fault
         if mobile != MOBILE:
             return page_failure("1017016")
@@ -1154,10 +1149,9 @@ class Broker:
 
     def on_verify(self, request: Request) -> Reply | str:
         code, token = str(request.data.get("otp")), request.data.get("validateOtpToken")
-        request.detail = code
         self.codes.append(code)
-        word = self.step_word("otp_answer", request)
-        if fault := self.service_fault(word, 2):
+        word, fault = self.step_answer("otp_answer", request, 2)
+        if fault:
             return fault
         if token not in self._given:
             return page_failure("1017076")
@@ -1175,12 +1169,11 @@ class Broker:
 
     def on_pin(self, request: Request) -> Reply | str:
         pin = base64.b64decode(request.data.get("inputText", "")).decode()
-        name, request.detail = self.app_of_page(request), pin
         self.pins.append(pin)
-        word = self.step_word("pin_answer", request)
-        if fault := self.service_fault(word, 2):
+        word, fault = self.step_answer("pin_answer", request, 2)
+        if fault:
             return fault
-        if not name or self._given.isdisjoint(request.cookies):
+        if not self.app_of_page(request) or self._given.isdisjoint(request.cookies):
             return page_failure("1017079")
         if sum(sent != PIN for sent in self.pins) >= 5:
             return page_failure("1017090")
@@ -1192,7 +1185,6 @@ class Broker:
         return page_success(data, interlude=word)
 
     def on_authorize(self, request: Request) -> Reply:
-        request.detail = self.app_of_page(request)
         query = urlencode({name: request.query[name] for name in ("client_id", "requestId")})
         return page_success({"redirectUri": f"{self.hop}{HOP_PATH}?{query}", "isApproved": True})
 
@@ -3507,7 +3499,7 @@ class PinTest(LoginCase):
         ({"pin_answer": "1017090"}, "locked.*Unlock", True, 3, 1),
     ]
     RARE_ANSWERS: list[Any] = [
-        ({"pin_answer": "empty"}, "PIN.* said nothing", False, 1, 1),
+        ({"pin_answer": " "}, "PIN.* said nothing", False, 1, 1),  # a toast without words
         ({"pin_answer": "reset"}, "connection.*PIN had been sent", False, 1, 1),
         ({"pin_answer": "hang"}, "PIN.* said nothing", False, 1, 1),
         ({"pin_answer": "Please be patient"}, 'PIN.*"Please be patient"', False, 1, 1),
