@@ -27,7 +27,7 @@ What is known of the broker -> the switch that shows it ("always": without one)
     page: values of controlled fields, nodes replaced while one types -> rerender, spinner
     mobile: Get OTP disabled until ten digits; hints; unknown number 1017016 -> always
     mobile: OTP limit 1017069, several accounts 1017074 -> mobile_answer
-    Turnstile beside Get OTP or as a whole page -> captcha, _form, _seconds
+    Turnstile beside Get OTP or as a whole page -> captcha, captcha_form
     OTP: 123-456 or 123456, button with or without type -> otp_mask, otp_button_always_enabled
     OTP: may be submitted by its sixth digit -> otp_autosubmit
     OTP: a refused code leaves an empty field and a toast of 3 s -> always, toast_ms
@@ -225,8 +225,7 @@ class Switches:
     otp_button_always_enabled: bool = False  # Continue has no type and works with an empty field
     keep_hidden_inputs: bool = False  # the inputs of the other steps are in the page too, hidden
     rename: dict[str, str] = field(default_factory=dict)  # id of a field or button: its new id
-    captcha: str | None = None  # never, auto (passes after captcha_seconds), click (its box)
-    captcha_seconds: float = 2
+    captcha: float | str = ""  # seconds until it passes by itself, or never (somebody solves it)
     captcha_form: str = "frame"  # frame (iframe in the open), div (closed shadow root in
     #                .cf-turnstile), explicit (the same beside the response input), page (whole)
 
@@ -288,8 +287,8 @@ const query = new URLSearchParams(location.search), root = document.getElementBy
 const idOf = name => CFG.rename[name] || name;
 const $ = name => document.getElementById(idOf(name));
 const FRESH = {mobileNum: "", otpNum: "", pinCode: "", blocked: false, locked: false};
-const state = {...FRESH, step: -1, busy: false, captcha: !CFG.captcha, alert: "", info: "",
-  subtitle: "", otpToken: "", resend: 0};
+const state = {...FRESH, step: -1, busy: false, alert: "", info: "",
+  captcha: !CFG.captcha || CFG.captcha_form === "page", subtitle: "", otpToken: "", resend: 0};
 
 // class names are short, meaningless and other ones at every load, as with every build
 const look = style => `class="_${Math.random().toString(36).slice(2, 5)}" style="${style}"`;
@@ -536,7 +535,7 @@ document.addEventListener("click", ({target}) => {
 
 // ---- Turnstile
 addEventListener("message", ({data}) => {
-  if (data !== "turnstile passed" || state.captcha) return;
+  if (data !== "turnstile passed") return;
   state.captcha = true;
   document.cookie = "cf_clearance=1;path=/;max-age=1800";
   for (const input of document.getElementsByName("cf-turnstile-response")) input.value = "0.Xy";
@@ -544,7 +543,7 @@ addEventListener("message", ({data}) => {
 });
 function turnstile(place) {
   const form = CFG.captcha_form, frame = document.createElement("iframe");
-  Object.assign(frame, {src: "/challenges.cloudflare.com/turnstile?sitekey=0x4AAAAAAA",
+  Object.assign(frame, {src: "/challenges.cloudflare.com/turnstile" + location.search,
     title: "Widget containing a Cloudflare security challenge", width: 300, height: 65});
   if (form === "frame") return place.append(frame);
   if (form === "div") place.className = "cf-turnstile";
@@ -607,9 +606,8 @@ TURNSTILE_PAGE = """<!doctype html><html lang="en"><body style="font:14px sans-s
 <label><input type="checkbox" id="box"> Verify you are human</label>
 <script>
 const pass = () => parent.postMessage("turnstile passed", "*");
-document.getElementById("box").onclick = () => { if ("/*MODE*/" === "click") pass(); };
-setInterval(async () => { if (await (await fetch("turnstile/state?app=/*APP*/")).json()) pass(); },
-  200);
+document.getElementById("box").onclick = pass;
+fetch("turnstile/passed").then(pass);
 </script></body></html>
 """
 
@@ -629,7 +627,7 @@ ROUTES = {  # (host, method, path): name; Broker.on_<name> answers
     ("login", "GET", "/config.json"): "config",
     ("login", "POST", "/heard"): "heard",
     ("login", "GET", TURNSTILE_PATH): "turnstile",
-    ("login", "GET", TURNSTILE_PATH + "/state"): "turnstile_state",
+    ("login", "GET", TURNSTILE_PATH + "/passed"): "turnstile_passed",
     ("login", "POST", "/login/open/v6/auth/1fa/otp/generate"): "generate",
     ("login", "POST", "/login/open/v4/auth/1fa/otp-totp/verify"): "verify",
     ("login", "POST", "/login/open/v3/auth/2fa"): "pin",
@@ -842,6 +840,7 @@ class Broker:
 
     def __exit__(self, *_: object) -> None:
         self.closing.set()
+        self.captcha_solved.set()
         with ThreadPoolExecutor(len(self._servers)) as pool:
             pool.map(Server.shutdown, self._servers)
         for server in self._servers:
@@ -1054,7 +1053,7 @@ class Broker:
         if request.body:
             self.stolen.append(request.body.decode())
         if request.path == "/":
-            plain = {"page": "", "captcha": None, "rename": {}, "leave_on_input": ""}
+            plain = {"page": "", "captcha": "", "rename": {}, "leave_on_input": ""}
             return self.page_reply("", foreign=True, **plain)
         return page_success({"message": "", "validateOTPToken": "1", "nextRequestInterval": 120,
                              "isTotpEnabled": True, "isSecretPinSet": True, "userProfile": {}})
@@ -1071,11 +1070,10 @@ class Broker:
         name = self.app_of_page(request)
         if (page := self.switch("page", name)) in ("hang", "blank"):
             return html_reply(BLANK_PAGE) if page == "blank" else "hang"
-        if not self.switch("captcha", name) or self.switch("captcha_form", name) != "page":
-            return self.page_reply(name)
-        if "cf_clearance=1" in request.cookies:
-            return self.page_reply(name, captcha=None)
-        return self.page_reply(name, 403, challenge=True)
+        whole = self.switch("captcha", name) and self.switch("captcha_form", name) == "page"
+        if whole and "cf_clearance=1" not in request.cookies:
+            return self.page_reply(name, 403, challenge=True)
+        return self.page_reply(name)
 
     def page_reply(self, name: str, status: int = 200, **changes: Any) -> Reply:
         config = {switch: self.switch(switch, name) for switch in PAGE_SWITCHES}
@@ -1095,15 +1093,13 @@ class Broker:
         return json_reply({})
 
     def on_turnstile(self, request: Request) -> Reply:
-        name = self.app_of_page(request)
-        mode = self.switch("captcha", name) or ""
-        return html_reply(TURNSTILE_PAGE.replace("/*MODE*/", mode).replace("/*APP*/", name))
+        return html_reply(TURNSTILE_PAGE)
 
-    def on_turnstile_state(self, request: Request) -> Reply:
-        name = request.query.get("app", "")
-        if self.switch("captcha", name) == "auto":
-            return json_reply(not self.pause(self.switch("captcha_seconds", name)))
-        return json_reply(self.captcha_solved.is_set())
+    def on_turnstile_passed(self, request: Request) -> Reply:
+        """Answers once it is passed without a click on its box."""
+        seconds = self.switch("captcha", self.app_of_page(request))
+        self.captcha_solved.wait(None if seconds == "never" else seconds)
+        return json_reply({})
 
     def step_answer(self, switch: str, request: Request,
                     step: int) -> tuple[str, Reply | str | None]:
@@ -3282,14 +3278,14 @@ class VariantTest(LoginCase):
             {}, {"stale_identity": True}, {"redirect_delay": 1, "pin_autosubmit": 150},
             {"step_delay": 2, "spinner": 1500}, {"dialog_answer": "direct"}], (2, 2, 4)),
         ({}, [{"late_name": 150}, {"late_name": 0}], (1, 1, 2)),
-        ({"captcha": "auto", "captcha_seconds": 0.3, "remember": False}, [
+        ({"captcha": 0.3, "remember": False}, [
             {"captcha_form": "page"}, {"captcha_form": "explicit"}, {"captcha_form": "frame"}],
          (3, 3, 3)),
         slow(({"remember": False, "clock_offset": 15}, [
             {"otp_mask": True}, {"otp_autosubmit": 0}, {"otp_autosubmit": 150},
             {"otp_button_always_enabled": True}, {"rerender": 120}, {"keep_hidden_inputs": True},
             ], (6, 6, 6))),
-        slow(({"captcha": "auto", "captcha_form": "div"}, [{}], (1, 1, 1))),
+        slow(({"captcha": 2, "captcha_form": "div"}, [{}], (1, 1, 1))),
         slow(({"page_delay": 20}, [{}], (1, 1, 1))),
         slow(({"redirect_delay": 20}, [{}], (1, 1, 1))),
     ]
@@ -3408,7 +3404,7 @@ LOGINS: list[Any] = [
           ("pinCode", "secret", "Hi Asha", "secret, pinContinueBtn", (1, 1, 0)),
           ("pinContinueBtn", "go", "Hi Asha", "pinCode, go", (1, 1, 0)))),
     slow(stranger({"captcha": "never"}, CHALLENGE, (0, 0, 0))),
-    slow(stranger({"captcha": "click", "captcha_form": "div"}, CHALLENGE, (0, 0, 0))),
+    slow(stranger({"captcha": "never", "captcha_form": "div"}, CHALLENGE, (0, 0, 0))),
     stranger({"captcha": "never", "captcha_form": "explicit"}, CHALLENGE, (0, 0, 0)),
     stranger({"captcha": "never", "captcha_form": "page"}, CHALLENGE, (0, 0, 0))]
 # what --check meets too, before anything is spent
@@ -3898,7 +3894,7 @@ class HeadedTest(LoginCase):
 
     def test_nobody_solves(self) -> None:
         with mock.patch.multiple(upstox_tokens, CAPTCHA_HEADED_SECONDS=1):
-            world = self.world(2, moment=NOON, captcha="click", captcha_form="page")
+            world = self.world(2, moment=NOON, captcha="never", captcha_form="page")
             done = world.call("--mode", "ALL", "--headed", DISPLAY=self.display)
             self.check(world, done, 3, ["CAPTCHA", "not tried.*PRIMARY"], (0, 0, 0))
 
@@ -4521,7 +4517,7 @@ class BrowserJobTest(BrowserCase, WebCase):
     def test_operator_solves_a_captcha(self) -> None:
         """--headed: the job waits for a person, says so, and goes on by itself."""
         with display() as screen:
-            world = self.world(apps=2, captcha="click")
+            world = self.world(apps=2, captcha="never")
             world.serve("127.0.0.1:0", "--headed", env={"DISPLAY": screen})
             job = world.post({"mode": "ALL"}).json["jobId"]
             waiting = world.until(lambda: (found := world.job(job))["state"] != "RUNNING" and found)
