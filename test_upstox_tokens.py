@@ -279,7 +279,6 @@ SCRIPT = r"""<script>
 "use strict";
 const CFG = /*CFG*/null;
 const FIELDS = ["mobileNum", "otpNum", "pinCode"];
-const BUTTONS = ["getOtp", "continueBtn", "pinContinueBtn"];
 const LOST = [1017079, 1017084, 1017095, 1017105], BLOCKED = [1017078, 1017125];
 const LOCKED = "Due to too many incorrect PIN attempts, your account has been locked. " +
   "Unlock your account by verifying your details.";
@@ -402,8 +401,8 @@ function paint(name, property, value, off) {
   node.disabled = off;
 }
 function renewNodes() {
-  for (const old of [...FIELDS, ...BUTTONS].map($)) {
-    if (!old || old.matches(":active")) continue;
+  for (const old of root.querySelectorAll("form > input, form > button")) {
+    if (old.matches(":active")) continue;
     const focused = document.activeElement === old, node = old.cloneNode(true);
     old.replaceWith(node);
     if (!focused) continue;
@@ -419,8 +418,9 @@ function add(place, style, milliseconds, text = "") {
   if (milliseconds) setTimeout(() => node.remove(), milliseconds);
   return node;
 }
-const toast = text => add($("modalRoot").nextElementSibling,
-  "margin:8px;padding:12px;background:#222;color:#fff", CFG.toast_ms + 300, text);
+const toasts = add(document.body, "position:fixed;bottom:16px;left:40%;width:328px");
+const toast = text => add(toasts, "margin:8px;padding:12px;background:#222;color:#fff",
+  CFG.toast_ms + 300, text);
 
 // ---- the calls behind the steps
 const busy = on => (state.busy = on, refresh());
@@ -512,21 +512,20 @@ document.addEventListener("input", ({target}) => {
   if (digits.length === (name === "mobileNum" ? 10 : 6)) complete(name);
 });
 function complete(name) {
-  const value = state[name], {step} = state, clear = () => {
+  const {step} = state, wait = {otpNum: CFG.otp_autosubmit, pinCode: CFG.pin_autosubmit}[name];
+  const clear = () => {
     if (CFG.clears === name) state[name] = "", refresh();
   };
-  const wait = {otpNum: CFG.otp_autosubmit, pinCode: CFG.pin_autosubmit}[name] ?? null;
   if (CFG.spinner) add(document.body, COVER, CFG.spinner);
   if (CFG.late_name !== null && name === "pinCode") setTimeout(() => {
     document.querySelector("h2").textContent = `Hi ${profile().firstName}`;
   }, CFG.late_name);
-  if (wait !== null) setTimeout(() => {
+  if (wait == null) return clear();
+  setTimeout(() => {
     if (state.busy || state.step !== step) return;
-    if (CFG.clears === name) state[name] = value;
     if (state[name].length === 6) (name === "otpNum" ? verifyOtp : sendPin)();
     clear();
   }, wait);
-  clear();
 }
 document.addEventListener("click", ({target}) => {
   if (target.id === "resend" && state.resend <= 0 && !state.busy && !state.blocked)
@@ -561,15 +560,12 @@ function challenge() {
 
 // ---- a page that watches what is handed to the language's own functions
 function watch() {
-  const seen = new Set(), fetched = fetch.bind(window);
-  const {apply} = Reflect, {isArray} = Array, {join} = Array.prototype;
-  const text = value => isArray(value) ? apply(join, value, [" "]) : `${value}`;
+  const seen = new Set(), {apply} = Reflect, {isArray} = Array, {join} = Array.prototype;
   const tell = value => {
-    if (seen.size === 0) queueMicrotask(() => {
-      fetched("/heard", {method: "POST", body: text([...seen])});
-      seen.clear();
-    });
-    seen.add(value);
+    const text = isArray(value) ? apply(join, value, [" "]) : value;
+    if (typeof text !== "string" || seen.has(text)) return;
+    seen.add(text);
+    fetch("/heard", {method: "POST", body: text});
   };
   const owners = [[String.prototype, "replace replaceAll split includes indexOf match startsWith"],
     [RegExp.prototype, "exec test"], [JSON, "stringify parse"],
@@ -577,8 +573,7 @@ function watch() {
   for (const [owner, names] of owners) for (const name of names.split(" ")) {
     const original = owner[name];
     owner[name] = function (...given) {
-      for (const value of [this, ...given])
-        if (typeof value === "string" || isArray(value)) tell(text(value));
+      for (const value of [this, ...given]) tell(value);
       return apply(original, this, given);
     };
   }
@@ -587,7 +582,6 @@ async function start() {
   if (CFG.hooks) watch();
   if (CFG.challenge) return challenge();
   add(root, COVER);
-  $("modalRoot").after(add(document.body, "position:fixed;bottom:16px;left:40%;width:328px"));
   await fetch("/config.json").catch(() => null);
   if (!CFG.remember) forget();
   if (CFG.page === "terms") await interlude("terms");
