@@ -1043,14 +1043,13 @@ class Broker:
         return json_reply({"status": "success", "data": user_data(USER_ID)})
 
     def on_foreign(self, request: Request) -> Reply:
-        """A page that looks like the broker's, takes everything, and tells it here."""
+        """A page that looks like the broker's and tells here what is typed; nothing comes of it."""
         if request.body:
             self.stolen.append(request.body.decode())
         if request.path == "/":
             plain = {"page": "", "captcha": "", "rename": {}, "leave_on_input": ""}
             return self.page_reply("", foreign=True, **plain)
-        return page_success({"message": "", "validateOTPToken": "1", "nextRequestInterval": 120,
-                             "isTotpEnabled": True, "isSecretPinSet": True, "userProfile": {}})
+        return json_reply({})
 
     # ---- login.upstox.com and the service behind it
 
@@ -1357,19 +1356,17 @@ class World:
 
     def seed_old(self) -> dict[str, str]:
         """A token of yesterday for every app; the tokens."""
-        tokens = {name: self.broker.issue(name) for name in self.names}
-        self.seed(*(token_row(name, token, self.now() - DAY) for name, token in tokens.items()))
-        return tokens
+        self.seed(*(token_row(name, self.broker.issue(name), self.now() - DAY)
+                    for name in self.names))
+        return self.tokens()
 
     def seed_guide(self) -> None:
         """The guide's example: three valid, one refused, one expired, one missing (GUIDE)."""
-        last_cutoff = next_cutoff(self.now()) - DAY
-        recent = max(self.now() - 3600, last_cutoff)
-        made = {"PRIMARY": recent, "WEBSOCKET1": recent, "WEBSOCKET2": recent,
-                "WEBSOCKET3": last_cutoff - 3600, "OPTIONCHAIN1": recent}
-        tokens = {name: self.broker.issue(name) for name in made}
-        self.broker.tokens[tokens["WEBSOCKET2"]].live = False
-        self.seed(*(token_row(name, tokens[name], moment) for name, moment in made.items()))
+        recent = max(self.now() - 3600, next_cutoff(self.now()) - DAY)
+        for name in [*APPS][:-1]:
+            made = recent - DAY if name == "WEBSOCKET3" else recent
+            self.seed(token_row(name, self.broker.issue(name), made))
+        self.broker.tokens[self.tokens()["WEBSOCKET2"]].live = False
 
     # ---- what is there after a run
 
@@ -1524,7 +1521,7 @@ class World:
 
     def ask(self, method: str = "GET", path: str = STATUS, body: Any = None,
             headers: Mapping[str, str] | None = None) -> Got:
-        """One request; a body that is not bytes is sent as JSON."""
+        """One request and its answer, checked; a body that is not bytes is sent as JSON."""
         headers = dict(headers or {})
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
@@ -1532,10 +1529,7 @@ class World:
         with contextlib.closing(http.client.HTTPConnection(*self.address, timeout=60)) as line:
             line.request(method, path, body, headers)
             answer = line.getresponse()
-            return self.check_got(Got(answer.status, answer.headers, answer.read().decode()))
-
-    def check_got(self, got: Got) -> Got:
-        """What holds for every HTTP answer."""
+            got = Got(answer.status, answer.headers, answer.read().decode())
         self.check_said(str(got.headers), got.text)
         if got.code >= 400 and got.text:  # HEAD has no text
             kind = got.headers["Content-Type"]
