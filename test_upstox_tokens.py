@@ -1581,12 +1581,14 @@ class Case(unittest.TestCase):
     def setUp(self) -> None:
         self.addCleanup(os.umask, os.umask(0o022))
 
+    def enter(self, context: Any) -> Any:
+        """What this context gives, until the end of the test (Python 3.11 calls it enterContext)."""
+        given = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return given
+
     def world(self, *args: Any, **options: Any) -> World:
-        """A World that is closed at the end of the test."""
-        world = World(*args, **options)
-        world.__enter__()
-        self.addCleanup(world.__exit__)
-        return world
+        return self.enter(World(*args, **options))
 
     def table(self, work: Callable[[Any], object], rows: Iterable[Any], workers: int = 1) -> None:
         """work(row) for each row, as a subtest of its own, several side by side with workers."""
@@ -1611,12 +1613,8 @@ class BrowserCase(Case):
 
     def setUp(self) -> None:
         super().setUp()
-        folder = tempfile.TemporaryDirectory(prefix="browsers-")
-        self.addCleanup(folder.cleanup)
-        self.temp = Path(folder.name).resolve()
-        temporary = mock.patch.object(tempfile, "tempdir", str(self.temp))
-        temporary.start()
-        self.addCleanup(temporary.stop)
+        self.temp = Path(self.enter(tempfile.TemporaryDirectory(prefix="browsers-"))).resolve()
+        self.enter(mock.patch.object(tempfile, "tempdir", str(self.temp)))
         self.addCleanup(self.assert_clean)
 
     def assert_clean(self) -> None:
@@ -3153,9 +3151,7 @@ class LoginCase(BrowserCase):
 
     def setUp(self) -> None:
         super().setUp()
-        limits = mock.patch.multiple(upstox_tokens, **self.LIMITS)
-        limits.start()
-        self.addCleanup(limits.stop)
+        self.enter(mock.patch.multiple(upstox_tokens, **self.LIMITS))
 
     def check(self, world: World, done: Done, code: int, sentences: Sequence[str],
               sent: tuple[int, int, int]) -> None:
@@ -3752,7 +3748,7 @@ class PrivacyTest(LoginCase):
         with contextlib.suppress(PermissionError):  # only then these two show less
             listeners += [Listener(plain, 80), Listener(plain, 443), Listener(tls, 443)]
         for listener in listeners:
-            self.addCleanup(listener.__exit__)
+            self.enter(listener)
         uris = [f"http://localhost:{given.port}/api/v1/auth/upstox/callback",
                 f"https://localhost:{given.port}/cb",
                 f"http://127.0.0.1:{given.port}/cb?from=x&y=%2F", f"http://{plain}/cb",
@@ -3848,9 +3844,7 @@ class HeadedTest(LoginCase):
 
     def setUp(self) -> None:
         super().setUp()
-        screen = display()
-        self.display = screen.__enter__()
-        self.addCleanup(screen.__exit__, None, None, None)
+        self.display = self.enter(display())
 
     def operator(self, world: World) -> None:
         """Reads the request, and solves the CAPTCHA later than a headless run waits."""
