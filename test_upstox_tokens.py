@@ -1259,7 +1259,7 @@ GUIDE = summary(PRIMARY="VALID", WEBSOCKET1="VALID", WEBSOCKET2="INVALID (401)",
 RENEWED = ["WEBSOCKET2", "WEBSOCKET3", "OPTIONCHAIN2"]  # of the guide's states, those to generate
 
 
-class World:
+class World(contextlib.ExitStack):
     """A folder with an env file, a broker, a clock, and every way to run the program there.
 
     The clock is the real one, or stands at `moment` and is moved on by what the program sleeps,
@@ -1269,6 +1269,7 @@ class World:
     def __init__(self, apps: int = 6, moment: float | None = None,
                  env: Mapping[str, str | None] | None = None, broker: type[Broker] = Broker,
                  **switches: Any) -> None:
+        super().__init__()
         self.names = list(APPS)[:apps]
         self.settings = dict(env or {})
         self.broker = broker(**switches)
@@ -1276,24 +1277,16 @@ class World:
         self.prompts: list[str] = []
         self.hidden = {KEY, PIN[:-1], base64.b64encode(PIN.encode()).decode()}
         self.err = io.StringIO()  # what the run in this process has said so far
-        self.server: subprocess.Popen[str] | None = None
-        self.address = ("127.0.0.1", 0)
-        self.log = Path()
 
     def __enter__(self) -> World:
-        with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="world-"))
-            stack.enter_context(self.broker)
-            self.folder = Path(folder).resolve()
-            self.db, self.log = self.folder / "vega_trade.db", self.folder / "server.log"
-            self.broker.clock = self.now
-            self.write_env()
-            self.note_driver_starts()
-            self.stack = stack.pop_all()
+        folder = self.enter_context(tempfile.TemporaryDirectory(prefix="world-"))
+        self.enter_context(self.broker)
+        self.folder = Path(folder).resolve()
+        self.db, self.log = self.folder / "vega_trade.db", self.folder / "server.log"
+        self.broker.clock = self.now
+        self.write_env()
+        self.note_driver_starts()
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
 
     # ---- the clock
 
@@ -1484,7 +1477,7 @@ class World:
         options = pipes | {"cwd": self.folder, "encoding": "utf-8", "env": environ,
                            "start_new_session": True} | options
         process = subprocess.Popen([*map(str, [*command, *argv])], **options)
-        self.stack.callback(self.end, process)
+        self.callback(self.end, process)
         return process
 
     @staticmethod
