@@ -108,12 +108,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started with nohup, or 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PROGRAM = Path(__file__).resolve().with_name("upstox_tokens.py")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER_PATHS = (
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-    "C:/Program Files/Google/Chrome/Application/chrome.exe",
-    "C:/Program Files (x86)/Google/Chrome/Application/chrome.exe",
-)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome",
+            "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+            "C:/Program Files/Google/Chrome/Application/chrome.exe",
+            "C:/Program Files (x86)/Google/Chrome/Application/chrome.exe")
 
 # ---- the made-up account; every value is distinctive, so that all output can be searched for it
 
@@ -1622,8 +1620,7 @@ def missing_for_browser() -> str:
     """What a login on this machine lacks, as one sentence with the command; empty when nothing."""
     if not all(map(importlib.util.find_spec, ("selenium", "pyotp"))):
         return f"Packages missing. Run: {sys.executable} -m pip install selenium pyotp"
-    found = any(map(shutil.which, BROWSERS)) or any(map(os.path.exists, BROWSER_PATHS))
-    if found and shutil.which("chromedriver"):
+    if any(map(shutil.which, BROWSERS)) and shutil.which("chromedriver"):
         return ""
     return "Chromium is missing, install with: sudo apt install chromium chromium-driver"
 
@@ -1658,14 +1655,11 @@ def crowd(count: int, work: Callable[[int], Any]) -> list[Any]:
 @contextlib.contextmanager
 def display() -> Iterator[str]:
     """A screen that nobody looks at."""
-    reader, writer = os.pipe()
-    command = ["Xvfb", "-displayfd", str(writer), "-screen", "0", "1280x1024x24"]
-    with subprocess.Popen(command, pass_fds=[writer], stderr=subprocess.DEVNULL) as screen:
-        os.close(writer)
-        with os.fdopen(reader) as answer:
-            number = answer.readline().strip()
+    command = ["Xvfb", "-displayfd", "1", "-screen", "0", "1280x1024x24"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, encoding="utf-8", **pipes) as screen:
         try:
-            yield f":{number}"
+            yield f":{screen.stdout.readline().strip()}"
         finally:
             screen.terminate()
 
