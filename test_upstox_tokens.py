@@ -27,7 +27,7 @@ What is known of the broker -> the switch that shows it ("always": without one)
     page: values of controlled fields, nodes replaced while one types -> rerender, spinner
     mobile: Get OTP disabled until ten digits; hints; unknown number 1017016 -> always
     mobile: OTP limit 1017069, several accounts 1017074 -> mobile_answer
-    Turnstile beside Get OTP or as a whole page -> captcha, _form, _seconds
+    Turnstile beside Get OTP or as a whole page -> captcha, captcha_form
     OTP: 123-456 or 123456, button with or without type -> otp_mask, otp_button_always_enabled
     OTP: may be submitted by its sixth digit -> otp_autosubmit
     OTP: a refused code leaves an empty field and a toast of 3 s -> always, toast_ms
@@ -109,12 +109,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started with nohup, or 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PROGRAM = Path(__file__).resolve().with_name("upstox_tokens.py")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER_PATHS = (
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-    "C:/Program Files/Google/Chrome/Application/chrome.exe",
-    "C:/Program Files (x86)/Google/Chrome/Application/chrome.exe",
-)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome",
+            "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+            "C:/Program Files/Google/Chrome/Application/chrome.exe",
+            "C:/Program Files (x86)/Google/Chrome/Application/chrome.exe")
 
 # ---- the made-up account; every value is distinctive, so that all output can be searched for it
 
@@ -226,8 +224,7 @@ class Switches:
     otp_button_always_enabled: bool = False  # Continue has no type and works with an empty field
     keep_hidden_inputs: bool = False  # the inputs of the other steps are in the page too, hidden
     rename: dict[str, str] = field(default_factory=dict)  # id of a field or button: its new id
-    captcha: str | None = None  # never, auto (passes after captcha_seconds), click (its box)
-    captcha_seconds: float = 2
+    captcha: float | str = ""  # seconds until it passes by itself, or never (somebody solves it)
     captcha_form: str = "frame"  # frame (iframe in the open), div (closed shadow root in
     #                .cf-turnstile), explicit (the same beside the response input), page (whole)
 
@@ -285,7 +282,6 @@ SCRIPT = r"""<script>
 "use strict";
 const CFG = /*CFG*/null;
 const FIELDS = ["mobileNum", "otpNum", "pinCode"];
-const BUTTONS = ["getOtp", "continueBtn", "pinContinueBtn"];
 const LOST = [1017079, 1017084, 1017095, 1017105], BLOCKED = [1017078, 1017125];
 const LOCKED = "Due to too many incorrect PIN attempts, your account has been locked. " +
   "Unlock your account by verifying your details.";
@@ -293,8 +289,8 @@ const query = new URLSearchParams(location.search), root = document.getElementBy
 const idOf = name => CFG.rename[name] || name;
 const $ = name => document.getElementById(idOf(name));
 const FRESH = {mobileNum: "", otpNum: "", pinCode: "", blocked: false, locked: false};
-const state = {...FRESH, step: -1, busy: false, captcha: !CFG.captcha, alert: "", info: "",
-  subtitle: "", otpToken: "", resend: 0};
+const state = {...FRESH, step: -1, busy: false, alert: "", info: "",
+  captcha: !CFG.captcha || CFG.captcha_form === "page", subtitle: "", otpToken: "", resend: 0};
 
 // class names are short, meaningless and other ones at every load, as with every build
 const look = style => `class="_${Math.random().toString(36).slice(2, 5)}" style="${style}"`;
@@ -413,8 +409,8 @@ function paint(name, property, value, off) {
   node.disabled = off;
 }
 function renewNodes() {
-  for (const old of [...FIELDS, ...BUTTONS].map($)) {
-    if (!old || old.matches(":active")) continue;
+  for (const old of root.querySelectorAll("form > input, form > button")) {
+    if (old.matches(":active")) continue;
     const focused = document.activeElement === old, node = old.cloneNode(true);
     old.replaceWith(node);
     if (!focused) continue;
@@ -430,8 +426,9 @@ function add(place, style, milliseconds, text = "") {
   if (milliseconds) setTimeout(() => node.remove(), milliseconds);
   return node;
 }
-const toast = text => add($("modalRoot").nextElementSibling,
-  "margin:8px;padding:12px;background:#222;color:#fff", CFG.toast_ms + 300, text);
+const toasts = add(document.body, "position:fixed;bottom:16px;left:40%;width:328px");
+const toast = text => add(toasts, "margin:8px;padding:12px;background:#222;color:#fff",
+  CFG.toast_ms + 300, text);
 
 // ---- the calls behind the steps
 const busy = on => (state.busy = on && !CFG.unguarded, refresh());
@@ -526,21 +523,20 @@ document.addEventListener("input", ({target}) => {
   if (digits.length === (name === "mobileNum" ? 10 : 6)) complete(name);
 });
 function complete(name) {
-  const value = state[name], {step} = state, clear = () => {
+  const {step} = state, wait = {otpNum: CFG.otp_autosubmit, pinCode: CFG.pin_autosubmit}[name];
+  const clear = () => {
     if (CFG.clears === name) state[name] = "", refresh();
   };
-  const wait = {otpNum: CFG.otp_autosubmit, pinCode: CFG.pin_autosubmit}[name] ?? null;
   if (CFG.spinner) add(document.body, COVER, CFG.spinner);
   if (CFG.late_name !== null && name === "pinCode") setTimeout(() => {
     document.querySelector("h2").textContent = `Hi ${profile().firstName}`;
   }, CFG.late_name);
-  if (wait !== null) setTimeout(() => {
+  if (wait == null) return clear();
+  setTimeout(() => {
     if (state.busy || state.step !== step) return;
-    if (CFG.clears === name) state[name] = value, refresh();
     if (state[name].length === 6) submit($(name).form);
     clear();
   }, wait);
-  clear();
 }
 document.addEventListener("click", ({target}) => {
   if (target.type === "button" && !target.disabled) submit(target.form);
@@ -550,7 +546,7 @@ document.addEventListener("click", ({target}) => {
 
 // ---- Turnstile
 addEventListener("message", ({data}) => {
-  if (data !== "turnstile passed" || state.captcha) return;
+  if (data !== "turnstile passed") return;
   state.captcha = true;
   document.cookie = "cf_clearance=1;path=/;max-age=1800";
   for (const input of document.getElementsByName("cf-turnstile-response")) input.value = "0.Xy";
@@ -558,7 +554,7 @@ addEventListener("message", ({data}) => {
 });
 function turnstile(place) {
   const form = CFG.captcha_form, frame = document.createElement("iframe");
-  Object.assign(frame, {src: "/challenges.cloudflare.com/turnstile?sitekey=0x4AAAAAAA",
+  Object.assign(frame, {src: "/challenges.cloudflare.com/turnstile" + location.search,
     title: "Widget containing a Cloudflare security challenge", width: 300, height: 65});
   if (form === "frame") return place.append(frame);
   if (form === "div") place.className = "cf-turnstile";
@@ -576,15 +572,12 @@ function challenge() {
 
 // ---- a page that watches what is handed to the language's own functions
 function watch() {
-  const seen = new Set(), fetched = fetch.bind(window);
-  const {apply} = Reflect, {isArray} = Array, {join} = Array.prototype;
-  const text = value => isArray(value) ? apply(join, value, [" "]) : `${value}`;
+  const seen = new Set(), {apply} = Reflect, {isArray} = Array, {join} = Array.prototype;
   const tell = value => {
-    if (seen.size === 0) queueMicrotask(() => {
-      fetched("/heard", {method: "POST", body: text([...seen])});
-      seen.clear();
-    });
-    seen.add(value);
+    const text = isArray(value) ? apply(join, value, [" "]) : value;
+    if (typeof text !== "string" || seen.has(text)) return;
+    seen.add(text);
+    fetch("/heard", {method: "POST", body: text});
   };
   const owners = [[String.prototype, "replace replaceAll split includes indexOf match startsWith"],
     [RegExp.prototype, "exec test"], [JSON, "stringify parse"],
@@ -592,8 +585,7 @@ function watch() {
   for (const [owner, names] of owners) for (const name of names.split(" ")) {
     const original = owner[name];
     owner[name] = function (...given) {
-      for (const value of [this, ...given])
-        if (typeof value === "string" || isArray(value)) tell(text(value));
+      for (const value of [this, ...given]) tell(value);
       return apply(original, this, given);
     };
   }
@@ -602,7 +594,6 @@ async function start() {
   if (CFG.hooks) watch();
   if (CFG.challenge) return challenge();
   add(root, COVER);
-  $("modalRoot").after(add(document.body, "position:fixed;bottom:16px;left:40%;width:328px"));
   await fetch("/config.json").catch(() => null);
   if (!CFG.remember) forget();
   if (CFG.page === "terms") await interlude("terms");
@@ -621,9 +612,8 @@ TURNSTILE_PAGE = """<!doctype html><html lang="en"><body style="font:14px sans-s
 <label><input type="checkbox" id="box"> Verify you are human</label>
 <script>
 const pass = () => parent.postMessage("turnstile passed", "*");
-document.getElementById("box").onclick = () => { if ("/*MODE*/" === "click") pass(); };
-setInterval(async () => { if (await (await fetch("turnstile/state?app=/*APP*/")).json()) pass(); },
-  200);
+document.getElementById("box").onclick = pass;
+fetch("turnstile/passed").then(pass);
 </script></body></html>
 """
 
@@ -643,7 +633,7 @@ ROUTES = {  # (host, method, path): name; Broker.on_<name> answers
     ("login", "GET", "/config.json"): "config",
     ("login", "POST", "/heard"): "heard",
     ("login", "GET", TURNSTILE_PATH): "turnstile",
-    ("login", "GET", TURNSTILE_PATH + "/state"): "turnstile_state",
+    ("login", "GET", TURNSTILE_PATH + "/passed"): "turnstile_passed",
     ("login", "POST", "/login/open/v6/auth/1fa/otp/generate"): "generate",
     ("login", "POST", "/login/open/v4/auth/1fa/otp-totp/verify"): "verify",
     ("login", "POST", "/login/open/v3/auth/2fa"): "pin",
@@ -856,6 +846,7 @@ class Broker:
 
     def __exit__(self, *_: object) -> None:
         self.closing.set()
+        self.captcha_solved.set()
         with ThreadPoolExecutor(len(self._servers)) as pool:
             pool.map(Server.shutdown, self._servers)
         for server in self._servers:
@@ -1064,14 +1055,13 @@ class Broker:
         return json_reply({"status": "success", "data": user_data(USER_ID)})
 
     def on_foreign(self, request: Request) -> Reply:
-        """A page that looks like the broker's, takes everything, and tells it here."""
+        """A page that looks like the broker's and tells here what is typed; nothing comes of it."""
         if request.body:
             self.stolen.append(request.body.decode())
         if request.path == "/":
-            plain = {"page": "", "captcha": None, "rename": {}, "leave_on_input": ""}
+            plain = {"page": "", "captcha": "", "rename": {}, "leave_on_input": ""}
             return self.page_reply("", foreign=True, **plain)
-        return page_success({"message": "", "validateOTPToken": "1", "nextRequestInterval": 120,
-                             "isTotpEnabled": True, "isSecretPinSet": True, "userProfile": {}})
+        return json_reply({})
 
     # ---- login.upstox.com and the service behind it
 
@@ -1085,11 +1075,10 @@ class Broker:
         name = self.app_of_page(request)
         if (page := self.switch("page", name)) in ("hang", "blank"):
             return html_reply(BLANK_PAGE) if page == "blank" else "hang"
-        if not self.switch("captcha", name) or self.switch("captcha_form", name) != "page":
-            return self.page_reply(name)
-        if "cf_clearance=1" in request.cookies:
-            return self.page_reply(name, captcha=None)
-        return self.page_reply(name, 403, challenge=True)
+        whole = self.switch("captcha", name) and self.switch("captcha_form", name) == "page"
+        if whole and "cf_clearance=1" not in request.cookies:
+            return self.page_reply(name, 403, challenge=True)
+        return self.page_reply(name)
 
     def page_reply(self, name: str, status: int = 200, **changes: Any) -> Reply:
         config = {switch: self.switch(switch, name) for switch in PAGE_SWITCHES}
@@ -1109,15 +1098,13 @@ class Broker:
         return json_reply({})
 
     def on_turnstile(self, request: Request) -> Reply:
-        name = self.app_of_page(request)
-        mode = self.switch("captcha", name) or ""
-        return html_reply(TURNSTILE_PAGE.replace("/*MODE*/", mode).replace("/*APP*/", name))
+        return html_reply(TURNSTILE_PAGE)
 
-    def on_turnstile_state(self, request: Request) -> Reply:
-        name = request.query.get("app", "")
-        if self.switch("captcha", name) == "auto":
-            return json_reply(not self.pause(self.switch("captcha_seconds", name)))
-        return json_reply(self.captcha_solved.is_set())
+    def on_turnstile_passed(self, request: Request) -> Reply:
+        """Answers once it is passed without a click on its box."""
+        seconds = self.switch("captcha", self.app_of_page(request))
+        self.captcha_solved.wait(None if seconds == "never" else seconds)
+        return json_reply({})
 
     def step_answer(self, switch: str, request: Request,
                     step: int) -> tuple[str, Reply | str | None]:
@@ -1284,7 +1271,7 @@ GUIDE = summary(PRIMARY="VALID", WEBSOCKET1="VALID", WEBSOCKET2="INVALID (401)",
 RENEWED = ["WEBSOCKET2", "WEBSOCKET3", "OPTIONCHAIN2"]  # of the guide's states, those to generate
 
 
-class World:
+class World(contextlib.ExitStack):
     """A folder with an env file, a broker, a clock, and every way to run the program there.
 
     The clock is the real one, or stands at `moment` and is moved on by what the program sleeps,
@@ -1294,6 +1281,7 @@ class World:
     def __init__(self, apps: int = 6, moment: float | None = None,
                  env: Mapping[str, str | None] | None = None, broker: type[Broker] = Broker,
                  **switches: Any) -> None:
+        super().__init__()
         self.names = list(APPS)[:apps]
         self.settings = dict(env or {})
         self.broker = broker(**switches)
@@ -1302,24 +1290,16 @@ class World:
         self.open_browser: Callable[..., Any] = upstox_tokens.Browser
         self.hidden = {KEY, PIN[:-1], base64.b64encode(PIN.encode()).decode()}
         self.err = io.StringIO()  # what the run in this process has said so far
-        self.server: subprocess.Popen[str] | None = None
-        self.address = ("127.0.0.1", 0)
-        self.log = Path()
 
     def __enter__(self) -> World:
-        with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="world-"))
-            stack.enter_context(self.broker)
-            self.folder = Path(folder).resolve()
-            self.db, self.log = self.folder / "vega_trade.db", self.folder / "server.log"
-            self.broker.clock = self.now
-            self.write_env()
-            self.note_driver_starts()
-            self.stack = stack.pop_all()
+        folder = self.enter_context(tempfile.TemporaryDirectory(prefix="world-"))
+        self.enter_context(self.broker)
+        self.folder = Path(folder).resolve()
+        self.db, self.log = self.folder / "vega_trade.db", self.folder / "server.log"
+        self.broker.clock = self.now
+        self.write_env()
+        self.note_driver_starts()
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
 
     # ---- the clock
 
@@ -1382,19 +1362,17 @@ class World:
 
     def seed_old(self) -> dict[str, str]:
         """A token of yesterday for every app; the tokens."""
-        tokens = {name: self.broker.issue(name) for name in self.names}
-        self.seed(*(token_row(name, token, self.now() - DAY) for name, token in tokens.items()))
-        return tokens
+        self.seed(*(token_row(name, self.broker.issue(name), self.now() - DAY)
+                    for name in self.names))
+        return self.tokens()
 
     def seed_guide(self) -> None:
         """The guide's example: three valid, one refused, one expired, one missing (GUIDE)."""
-        last_cutoff = next_cutoff(self.now()) - DAY
-        recent = max(self.now() - 3600, last_cutoff)
-        made = {"PRIMARY": recent, "WEBSOCKET1": recent, "WEBSOCKET2": recent,
-                "WEBSOCKET3": last_cutoff - 3600, "OPTIONCHAIN1": recent}
-        tokens = {name: self.broker.issue(name) for name in made}
-        self.broker.tokens[tokens["WEBSOCKET2"]].live = False
-        self.seed(*(token_row(name, tokens[name], moment) for name, moment in made.items()))
+        recent = max(self.now() - 3600, next_cutoff(self.now()) - DAY)
+        for name in [*APPS][:-1]:
+            made = recent - DAY if name == "WEBSOCKET3" else recent
+            self.seed(token_row(name, self.broker.issue(name), made))
+        self.broker.tokens[self.tokens()["WEBSOCKET2"]].live = False
 
     # ---- what is there after a run
 
@@ -1513,7 +1491,7 @@ class World:
         options = pipes | {"cwd": self.folder, "encoding": "utf-8", "env": environ,
                            "start_new_session": True} | options
         process = subprocess.Popen([*map(str, [*command, *argv])], **options)
-        self.stack.callback(self.end, process)
+        self.callback(self.end, process)
         return process
 
     @staticmethod
@@ -1550,7 +1528,7 @@ class World:
 
     def ask(self, method: str = "GET", path: str = STATUS, body: Any = None,
             headers: Mapping[str, str] | None = None) -> Got:
-        """One request; a body that is not bytes is sent as JSON."""
+        """One request and its answer, checked; a body that is not bytes is sent as JSON."""
         headers = dict(headers or {})
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
@@ -1558,10 +1536,7 @@ class World:
         with contextlib.closing(http.client.HTTPConnection(*self.address, timeout=60)) as line:
             line.request(method, path, body, headers)
             answer = line.getresponse()
-            return self.check_got(Got(answer.status, answer.headers, answer.read().decode()))
-
-    def check_got(self, got: Got) -> Got:
-        """What holds for every HTTP answer."""
+            got = Got(answer.status, answer.headers, answer.read().decode())
         self.check_said(str(got.headers), got.text)
         if got.code >= 400 and got.text:  # HEAD has no text
             kind = got.headers["Content-Type"]
@@ -1613,12 +1588,14 @@ class Case(unittest.TestCase):
     def setUp(self) -> None:
         self.addCleanup(os.umask, os.umask(0o022))
 
+    def enter(self, context: Any) -> Any:
+        """What this context gives, until the end of the test (Python 3.11 calls it enterContext)."""
+        given = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return given
+
     def world(self, *args: Any, **options: Any) -> World:
-        """A World that is closed at the end of the test."""
-        world = World(*args, **options)
-        world.__enter__()
-        self.addCleanup(world.__exit__)
-        return world
+        return self.enter(World(*args, **options))
 
     def table(self, work: Callable[[Any], object], rows: Iterable[Any], workers: int = 1) -> None:
         """work(row) for each row, as a subtest of its own, several side by side with workers."""
@@ -1643,12 +1620,8 @@ class BrowserCase(Case):
 
     def setUp(self) -> None:
         super().setUp()
-        folder = tempfile.TemporaryDirectory(prefix="browsers-")
-        self.addCleanup(folder.cleanup)
-        self.temp = Path(folder.name).resolve()
-        temporary = mock.patch.object(tempfile, "tempdir", str(self.temp))
-        temporary.start()
-        self.addCleanup(temporary.stop)
+        self.temp = Path(self.enter(tempfile.TemporaryDirectory(prefix="browsers-"))).resolve()
+        self.enter(mock.patch.object(tempfile, "tempdir", str(self.temp)))
         self.addCleanup(self.assert_clean)
 
     def assert_clean(self) -> None:
@@ -1664,8 +1637,7 @@ def missing_for_browser() -> str:
     """What a login on this machine lacks, as one sentence with the command; empty when nothing."""
     if not all(map(importlib.util.find_spec, ("selenium", "pyotp"))):
         return f"Packages missing. Run: {sys.executable} -m pip install selenium pyotp"
-    found = any(map(shutil.which, BROWSERS)) or any(map(os.path.exists, BROWSER_PATHS))
-    if found and shutil.which("chromedriver"):
+    if any(map(shutil.which, BROWSERS)) and shutil.which("chromedriver"):
         return ""
     return "Chromium is missing, install with: sudo apt install chromium chromium-driver"
 
@@ -1700,14 +1672,11 @@ def crowd(count: int, work: Callable[[int], Any]) -> list[Any]:
 @contextlib.contextmanager
 def display() -> Iterator[str]:
     """A screen that nobody looks at."""
-    reader, writer = os.pipe()
-    command = ["Xvfb", "-displayfd", str(writer), "-screen", "0", "1280x1024x24"]
-    with subprocess.Popen(command, pass_fds=[writer], stderr=subprocess.DEVNULL) as screen:
-        os.close(writer)
-        with os.fdopen(reader) as answer:
-            number = answer.readline().strip()
+    command = ["Xvfb", "-displayfd", "1", "-screen", "0", "1280x1024x24"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, encoding="utf-8", **pipes) as screen:
         try:
-            yield f":{number}"
+            yield f":{screen.stdout.readline().strip()}"
         finally:
             screen.terminate()
 
@@ -3164,11 +3133,9 @@ class LoginCase(BrowserCase):
     def setUp(self) -> None:
         super().setUp()
         # a toast has gone by then, and a page's patience ends before the broker's
-        limits = mock.patch.multiple(
+        self.enter(mock.patch.multiple(
             upstox_tokens, PAGE_SECONDS=5, OUTCOME_SECONDS=6, CAPTCHA_SECONDS=1,
-            CAPTCHA_HEADED_SECONDS=40, EXCHANGE_SECONDS=2, STORE_SECONDS=1)
-        limits.start()
-        self.addCleanup(limits.stop)
+            CAPTCHA_HEADED_SECONDS=40, EXCHANGE_SECONDS=2, STORE_SECONDS=1))
 
     def check(self, world: World, done: Done, code: int, sentences: Sequence[str],
               sent: tuple[int, int, int]) -> None:
@@ -3274,14 +3241,14 @@ class VariantTest(BrowserCase):
          (1, 1, 1)),
         ({"unguarded": True, "step_delay": 0.6, "by_script": True}, [{}], (1, 1, 1)),
         ({}, [{"late_name": 150}, {"late_name": 0}, {"counter": 50}], (1, 1, 3)),
-        ({"captcha": "auto", "captcha_seconds": 0.3, "remember": False}, [
+        ({"captcha": 0.3, "remember": False}, [
             {"captcha_form": "page"}, {"captcha_form": "explicit"}, {"captcha_form": "frame"}],
          (3, 3, 3)),
         slow(({"remember": False, "clock_offset": 15}, [
             {"otp_mask": True}, {"otp_autosubmit": 0}, {"otp_autosubmit": 150},
             {"otp_button_always_enabled": True}, {"rerender": 120}, {"keep_hidden_inputs": True},
             ], (6, 6, 6))),
-        slow(({"captcha": "auto", "captcha_form": "div"}, [{}], (1, 1, 1))),
+        slow(({"captcha": 2, "captcha_form": "div"}, [{}], (1, 1, 1))),
         slow(({"page_delay": 20}, [{}], (1, 1, 1))),
         slow(({"redirect_delay": 20}, [{}], (1, 1, 1))),
     ]
@@ -3405,7 +3372,7 @@ LOGINS: list[Any] = [
           ("pinCode", "secret", "Hi Asha", "secret, pinContinueBtn", (1, 1, 0)),
           ("pinContinueBtn", "go", "Hi Asha", "pinCode, go", (1, 1, 0)))),
     slow(stranger({"captcha": "never"}, CHALLENGE, (0, 0, 0))),
-    slow(stranger({"captcha": "click", "captcha_form": "div"}, CHALLENGE, (0, 0, 0))),
+    slow(stranger({"captcha": "never", "captcha_form": "div"}, CHALLENGE, (0, 0, 0))),
     stranger({"captcha": "never", "captcha_form": "explicit"}, CHALLENGE, (0, 0, 0)),
     stranger({"captcha": "never", "captcha_form": "page"}, CHALLENGE, (0, 0, 0))]
 # what --check meets too, before anything is spent
@@ -3575,7 +3542,7 @@ class CheckTest(LoginCase):
     # switches, whether there is a driver, the lines that are not ok
     ROWS: list[Any] = [
         ({}, True, {}),
-        ({"captcha": "auto", "captcha_form": "explicit", "captcha_seconds": 0.3}, True, {}),
+        ({"captcha": 0.3, "captcha_form": "explicit"}, True, {}),
         ({}, False, {"browser": "chromedriver.*did not start", "login page": "not opened"}),
         ({"down": True}, True, {"login page": ".", "broker": "no connection|not reach",
                               "clock": "unknown", "PRIMARY": ".", "WEBSOCKET1": "."}),
@@ -3789,7 +3756,7 @@ class PrivacyTest(LoginCase):
         with contextlib.suppress(PermissionError):  # only then these two show less
             listeners += [Listener(plain, 80), Listener(plain, 443), Listener(tls, 443)]
         for listener in listeners:
-            self.addCleanup(listener.__exit__)
+            self.enter(listener)
         uris = ["http://vega.trader.example/api/v1/auth/upstox/callback",
                 f"https://localhost:{given.port}/cb",
                 f"http://127.0.0.1:{given.port}/cb?from=x&y=%2F", f"http://{plain}/cb",
@@ -3879,9 +3846,7 @@ class HeadedTest(LoginCase):
 
     def setUp(self) -> None:
         super().setUp()
-        screen = display()
-        self.display = screen.__enter__()
-        self.addCleanup(screen.__exit__, None, None, None)
+        self.display = self.enter(display())
 
     def operator(self, world: World) -> None:
         """Reads the request, and solves the CAPTCHA later than a headless run waits."""
@@ -3919,7 +3884,7 @@ class HeadedTest(LoginCase):
 
     def test_nobody_solves(self) -> None:
         with mock.patch.multiple(upstox_tokens, CAPTCHA_HEADED_SECONDS=1):
-            world = self.world(2, moment=NOON, captcha="click", captcha_form="page")
+            world = self.world(2, moment=NOON, captcha="never", captcha_form="page")
             done = world.call("--mode", "ALL", "--headed", DISPLAY=self.display)
             self.check(world, done, 3, ["CAPTCHA"], (0, 0, 0))
 
@@ -4541,7 +4506,7 @@ class BrowserJobTest(BrowserCase, WebCase):
     def test_operator_solves_a_captcha(self) -> None:
         """--headed: the job waits for a person, says so, and goes on by itself."""
         with display() as screen:
-            world = self.world(apps=2, captcha="click")
+            world = self.world(apps=2, captcha="never")
             world.serve("127.0.0.1:0", "--headed", env={"DISPLAY": screen})
             job = world.post({"mode": "ALL"}).json["jobId"]
             waiting = world.until(lambda: (found := world.job(job))["state"] != "RUNNING" and found)
