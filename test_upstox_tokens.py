@@ -13,7 +13,7 @@ Account, secrets and tokens are made up.
 What is known of the broker -> the switch that shows it ("always": without one)
 
     dialog: 302 to the login page with an internal id, the page never sees the app -> always
-    dialog: JSON UDAPI100068 for a wrong pair, its status unknown -> dialog_answer, dialog_status
+    dialog: JSON UDAPI100068 for a wrong pair, its status unknown -> dialog_answer
     errors carry errorCode, error_code or both -> error_keys
     state comes back as it was sent; the code has six characters -> always, redirect_state
     the redirect follows after up to 20 s; nothing listens at its address -> redirect_delay
@@ -252,7 +252,6 @@ class Switches:
     # what the API answers: a Reply, a UDAPI code without that word, 401 429 500 503 html
     # hang drip endless gzip reset, and what is named here
     dialog_answer: Answer = None  # direct (302 to the redirect URI at once), foreign (302 there)
-    dialog_status: int = 401  # HTTP status of the dialog's refusals
     token_answer: Answer = None
     profile_answer: Answer = None
     v3_answer: Answer = None
@@ -640,8 +639,6 @@ ROUTES = {  # (host, method, path): name; Broker.on_<name> answers
     ("login", "POST", "/login/v2/oauth/authorize"): "authorize",
 }
 HTML = "<!doctype html><html><body><h1>Service Unavailable</h1></body></html>"
-# answers that are no well-formed HTTP: Handler.fault_<name>
-BAD_BYTES = {"hang", "drip", "endless", "gzip", "reset"}
 
 
 @dataclass
@@ -671,7 +668,7 @@ class Request:
 
 
 @dataclass
-class Reply:  # an answer that is well-formed HTTP; anything else is a word of BAD_BYTES
+class Reply:  # an answer that is well-formed HTTP; anything else is a word: Handler.fault_<word>
     status: int = 200
     body: str = ""
     headers: list[tuple[str, str]] = field(default_factory=list)
@@ -928,23 +925,21 @@ class Broker:
             value = self.switch(switch, app)
             return value.pop(0) if value and isinstance(value, list) else value or None
 
-    def error(self, code: str, status: int | None = None) -> Reply:
-        code_status, message = API_ERRORS[code]
+    def error(self, code: str) -> Reply:
+        status, message = API_ERRORS[code]
         shown = self.switches.error_keys
         keys = [key for key in ("errorCode", "error_code") if shown in ("both", key)]
         entry = dict.fromkeys(keys, code) | {"message": message, "propertyPath": None}
-        return json_reply({"status": "error", "errors": [entry]}, status or code_status)
+        return json_reply({"status": "error", "errors": [entry]}, status)
 
-    def misbehave(self, word: str | Reply, unauthorized: str,
-                  status: int | None = None) -> Reply | str:
+    def misbehave(self, word: str | Reply, unauthorized: str) -> Reply | str:
         """The API's bad answers that every endpoint can give."""
-        if isinstance(word, Reply) or word in BAD_BYTES:
+        if isinstance(word, Reply) or hasattr(Handler, "fault_" + word):
             return word
         if word in ("html", "503"):
             return html_reply(HTML, 503 if word == "503" else 200)
         known = {"401": unauthorized, "429": "UDAPI10005", "500": "UDAPI100500"}
-        code = known.get(word, "UDAPI" + word.removeprefix("UDAPI"))
-        return self.error(code, None if word in known else status)
+        return self.error(known.get(word, "UDAPI" + word.removeprefix("UDAPI")))
 
     # ---- api.upstox.com
 
@@ -956,15 +951,15 @@ class Broker:
         query = request.query
         name = request.app = self.app_of(query.get("client_id", ""))
         self.pause(self.switch("dialog_delay", name))
-        word, status = self.asked_for("dialog_answer", name), self.switches.dialog_status
+        word = self.asked_for("dialog_answer", name)
         if not name or query.get("redirect_uri") != self.switch("redirect_uri", name):
-            return self.error("UDAPI100068", status)
+            return self.error("UDAPI100068")
         if word == "direct":
             return self.send_back(name, query.get("state"))
         if word == "foreign":
             return Reply(302, "", [("Location", f"{self.foreign}/?step=0")])
         if word:
-            return self.misbehave(word, "UDAPI100068", status)
+            return self.misbehave(word, "UDAPI100068")
         # the page gets an id of the broker's own, never the app's client id or redirect URI
         internal = "OAP-" + secrets.token_hex(8)
         with self.lock:
@@ -1112,7 +1107,7 @@ class Broker:
         name = self.app_of_page(request)
         self.pause(self.switch("step_delay", name))
         word, fault = self.asked_for(switch, name) or "", None
-        if word in BAD_BYTES:
+        if hasattr(Handler, "fault_" + word):
             fault = word
         elif word == "silent":
             fault = json_reply({"success": False, "error": None})
@@ -3319,8 +3314,8 @@ LOGINS: list[Any] = [
                       zip(APPS, ("100068", "100073", "500", "429"))}}, 1,
           ["client_id.*redirect_uri.*UDAPI100068", "inactive", "UDAPI100500", "UDAPI10005", ""],
           (1, 1, 1)),
-    Login({"dialog_answer": "100068", "dialog_status": 200}, 1, ["client_id.*UDAPI100068"] * 2,
-          (0, 0, 0), 0),
+    Login({"dialog_answer": json_reply({"errors": [{"errorCode": "UDAPI100068"}]}, 200)}, 1,
+          ["client_id.*UDAPI100068"] * 2, (0, 0, 0), 0),
     Login({"redirect_state": ["other", "missing", "no_code"],
            "token_answer": [
                "100069", json_reply(user_data(USER_ID) | {"access_token": 20251123}), "hang"]}, 1,
