@@ -1510,12 +1510,10 @@ class World(contextlib.ExitStack):
 
     # ---- behind HTTP, in a process of its own
 
-    def serve(self, *argv: Any, **options: Any) -> None:
-        """Start the server, on a free port unless a place comes first."""
-        if not argv or str(argv[0]).startswith("-"):
-            argv = ("127.0.0.1:0", *argv)
+    def serve(self, place: str = "127.0.0.1:0", *argv: Any, **options: Any) -> None:
+        """Start the server, on a free port unless a place is named."""
         with self.log.open("w") as log:
-            self.server = self.start("--serve", *argv, stderr=log, **options)
+            self.server = self.start("--serve", place, *argv, stderr=log, **options)
         self.until(lambda: self.log.read_text().endswith("\n") or self.server.poll() is not None)
         if not (found := re.match(r"Serving on http://(\S+):([0-9]+)/", self.log.read_text())):
             raise AssertionError(self.log.read_text())
