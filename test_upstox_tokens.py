@@ -638,7 +638,6 @@ ROUTES = {  # (host, method, path): name; Broker.on_<name> answers
     ("login", "POST", "/login/open/v3/auth/2fa"): "pin",
     ("login", "POST", "/login/v2/oauth/authorize"): "authorize",
 }
-HTML = "<!doctype html><html><body><h1>Service Unavailable</h1></body></html>"
 
 
 @dataclass
@@ -655,12 +654,9 @@ class Request:
     app: str = ""  # the api name, of a dialog, an exchange or a v3 request
 
     @property
-    def json(self) -> dict[str, Any]:
-        return json.loads(self.body or b"{}")
-
-    @property
     def data(self) -> dict[str, Any]:
-        return self.json.get("data") or {}
+        """What the login page's calls carry."""
+        return json.loads(self.body)["data"]
 
     @property
     def cookies(self) -> list[str]:
@@ -885,9 +881,9 @@ class Broker:
     def delivery(self, name: str, **changes: Any) -> dict[str, Any]:
         """The body that reaches the notifier after an approval; issues the token it carries."""
         now = self.now()
-        body = {"client_id": APPS[name][0], "user_id": USER_ID,
-                "token_type": "Bearer", "issued_at": str(int(now * 1000)),
-                "expires_at": str(int(next_cutoff(now) * 1000)), "message_type": "access_token"}
+        body = {"client_id": APPS[name][0], "user_id": USER_ID, "token_type": "Bearer",
+                "issued_at": str(int(now * 1000)), "message_type": "access_token",
+                "expires_at": str(int(next_cutoff(now) * 1000))}
         if "access_token" not in changes:
             body["access_token"] = self.issue(name)
         return body | changes
@@ -911,15 +907,14 @@ class Broker:
         route = ROUTES.get((request.host, request.method, stem), "unknown")
         request.route = "foreign" if request.host == "foreign" else route
         if request.path != "/favicon.ico":
-            with self.lock:
-                self.requests.append(request)
+            self.requests.append(request)
         self.acts.get(request.route, lambda _: None)(request)
         return getattr(self, "on_" + request.route)(request)
 
     def on_unknown(self, request: Request) -> Reply:
         return self.error("UDAPI100060")
 
-    def asked_for(self, switch: str, app: str = "") -> str | None:
+    def asked_for(self, switch: str, app: str) -> str | None:
         """The switch's word for this call, or None to behave; a list is used up word by word."""
         with self.lock:
             value = self.switch(switch, app)
@@ -937,7 +932,7 @@ class Broker:
         if isinstance(word, Reply) or hasattr(Handler, "fault_" + word):
             return word
         if word in ("html", "503"):
-            return html_reply(HTML, 503 if word == "503" else 200)
+            return html_reply("<h1>Service Unavailable</h1>", 503 if word == "503" else 200)
         known = {"401": unauthorized, "429": "UDAPI10005", "500": "UDAPI100500"}
         return self.error(known.get(word, "UDAPI" + word.removeprefix("UDAPI")))
 
@@ -962,8 +957,7 @@ class Broker:
             return self.misbehave(word, "UDAPI100068")
         # the page gets an id of the broker's own, never the app's client id or redirect URI
         internal = "OAP-" + secrets.token_hex(8)
-        with self.lock:
-            self._dialogs[internal] = (name, query.get("state"))
+        self._dialogs[internal] = (name, query.get("state"))
         query = {"client_id": internal, "redirect_uri": self.hop + HOP_PATH,
                  "user_type": "individual", "user_id": secrets.token_hex(6), "platform_id": "UDAPI"}
         return Reply(302, "", [("Location", f"{self.login}/?{urlencode(query)}")])
@@ -990,8 +984,7 @@ class Broker:
                 self.auth_codes[form["code"]] = (name, False)
         request.app = name
         self.pause(self.switch("exchange_delay", name))
-        word = self.asked_for("token_answer", name)
-        if word:
+        if word := self.asked_for("token_answer", name):
             return self.misbehave(word, "UDAPI100057")
         pair = (form.get("client_id", ""), form.get("client_secret", ""))
         if pair not in APPS.values() or form.get("grant_type") != "authorization_code":
@@ -1009,13 +1002,11 @@ class Broker:
         name = token.app if token else ""
         with self.lock:
             self.profiles_in_flight += 1
-            highest = max(self.max_profiles_in_flight, self.profiles_in_flight)
-            self.max_profiles_in_flight = highest
+            self.max_profiles_in_flight = max(self.max_profiles_in_flight, self.profiles_in_flight)
         self.pause(self.switch("profile_delay", name))
         with self.lock:
             self.profiles_in_flight -= 1
-        word = self.asked_for("profile_answer", name)
-        if word:
+        if word := self.asked_for("profile_answer", name):
             return self.misbehave(word, "UDAPI100050")
         if not token or not token.live:
             return self.error("UDAPI100050")
@@ -1025,7 +1016,7 @@ class Broker:
         name = request.app = self.app_of(request.path.removeprefix(V3_PATH + "/"))
         if word := self.asked_for("v3_answer", name):
             return self.misbehave(word, "UDAPI100069")
-        if not name or request.json.get("client_secret") != APPS[name][1]:
+        if not name or json.loads(request.body).get("client_secret") != APPS[name][1]:
             return self.error("UDAPI100069")
         if not self.switches.notifier_url:
             return self.error("UDAPI1123")
@@ -1582,7 +1573,7 @@ class Case(unittest.TestCase):
         self.addCleanup(os.umask, os.umask(0o022))
 
     def enter(self, context: Any) -> Any:
-        """What this context gives, until the end of the test (Python 3.11 calls it enterContext)."""
+        """What this context gives until the end of the test: enterContext of Python 3.11."""
         given = context.__enter__()
         self.addCleanup(context.__exit__, None, None, None)
         return given
