@@ -1127,13 +1127,6 @@ class Broker:
                 "nextRequestInterval": self.switches.resend_seconds}
         return page_success(data, interlude=word)
 
-    def accepts_code(self, code: str) -> bool:
-        """The window and its neighbours count; with totp_single_use each code counts once."""
-        if code not in {totp(TOTP_SECRET, self.now() + shift) for shift in (-30, 0, 30)}:
-            return False
-        used = self.codes.count(code) > 1
-        return not (used and self.switches.totp_single_use)
-
     def on_verify(self, request: Request) -> Reply | str:
         code, token = str(request.data.get("otp")), request.data.get("validateOtpToken")
         self.codes.append(code)
@@ -1142,7 +1135,8 @@ class Broker:
             return fault
         if token not in self._given:
             return page_failure("1017076")
-        if not self.accepts_code(code):
+        right = {totp(TOTP_SECRET, self.now() + shift) for shift in (-30, 0, 30)}
+        if code not in right or self.switches.totp_single_use and self.codes.count(code) > 1:
             return page_failure(WRONG_OTP)
         self._given.discard(token)
         identity = f"auth_identity_token={secrets.token_hex(16)}"
