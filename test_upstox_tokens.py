@@ -1514,7 +1514,10 @@ class World(contextlib.ExitStack):
         with contextlib.closing(http.client.HTTPConnection(*self.address, timeout=60)) as line:
             line.request(method, path, body, headers)
             answer = line.getresponse()
-            got = Got(answer.status, answer.headers, answer.read().decode())
+            return self.check_got(Got(answer.status, answer.headers, answer.read().decode()))
+
+    def check_got(self, got: Got) -> Got:
+        """What holds for every HTTP answer."""
         self.check_said(str(got.headers), got.text)
         if got.code >= 400 and got.text:  # HEAD has no text
             kind = got.headers["Content-Type"]
