@@ -1704,7 +1704,7 @@ def press_or_wait(view: View, login: Login, waited: float) -> Move | None:
     field, button = (view.items[name] for name in STEPS[step])
     if field["value"] != text or not field["enabled"] or field["submits"] > login.submits:
         return None
-    if step in EVENTS and waited < (0 if step in login.by_hand else SETTLE_SECONDS):
+    if step in EVENTS and step not in login.run.by_hand and waited < SETTLE_SECONDS:
         return None
     if step == "pin" and login.said:
         return None  # an answer, perhaps, so the page has sent it by itself
@@ -1921,7 +1921,6 @@ class Login:
         self.news: list[str] = []  # what it shows now that it did not show then
         self.said = ""  # the newest line of the page since then
         self.old = ""  # a complaint that was dealt with, while the page still shows it
-        self.by_hand = run.by_hand
         self.moved = 0.0  # when there was progress; the page's patience is counted from here
         self.captcha_since: float | None = None
         self.window = 0  # of the TOTP code under way
@@ -2007,7 +2006,7 @@ class Login:
         """Press the step's button, once."""
         if self.browser.press(view, step, len(self.texts[step])):
             self.pressed = True
-            self.by_hand.add(step)
+            self.run.by_hand.add(step)
             self.wait_anew()
         else:
             self.browser.rest(0.1)
