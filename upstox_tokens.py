@@ -116,7 +116,7 @@ READ_SECONDS, PROOF_SECONDS, STORE_SECONDS = 10, 30, 60  # patience with a locke
 PAGE_SECONDS, OUTCOME_SECONDS = 30, 60  # for a page to show a step, for the broker to judge an entry
 CAPTCHA_SECONDS, CAPTCHA_HEADED_SECONDS = 15, 300
 KEYS_SECONDS = 5  # for a field to show what was typed
-SETTLE_SECONDS = 0.25  # to watch whether a page sends a code or PIN by itself, before its first press
+SETTLE_SECONDS = 0.25  # of the page's own time, for it to send a code or PIN by itself before the first press
 DRIVER_SECONDS = 60  # for chromedriver to start, and to answer a command
 SHARED_SECONDS = 5  # a check younger than this answers the HTTP API again
 PROOFS_AT_ONCE = 8  # deliveries being proven side by side; the others wait their turn
@@ -1232,21 +1232,28 @@ def totp_wait(now: float, sent: Iterable[int]) -> float:
 
 # ---- The browser: a Chromium of our own, what it sees and types; no decision ---------------------
 
-# one look: the address, the visible fields and buttons of the steps, what else is there, the text; the page
-# is asked to count how often each form was submitted, which may pass between two looks
+# one look: the address, the visible fields and buttons of the steps, what else is there, the text. The page is
+# asked to count how often each form was submitted, which may pass between two looks, and to tell when a field
+# has settled: its timers run in their order, so what a busy page was about to do by then is done
 LOOK = """
-const [ids, captcha] = arguments, key = Symbol.for('upstox_tokens');
+const [ids, captcha, pause] = arguments, key = Symbol.for('upstox_tokens');
 const visible = e => e && e.getClientRects().length && getComputedStyle(e).visibility !== 'hidden';
 if (!document[key]) {
-  const submits = document[key] = {};
+  document[key] = Object.fromEntries(ids.map(id => [id, {submits: 0}]));
   addEventListener('submit', ({target: form}) => {
-    for (const e of form.elements) submits[e.id] = (submits[e.id] || 0) + 1; }, true);
+    for (const {id} of form.elements) if (ids.includes(id)) document[key][id].submits += 1; }, true);
 }
 const items = {};
 for (const id of ids) {
-  const e = document.getElementById(id);
-  if (visible(e)) items[id] = {element: e, enabled: !e.disabled && !e.readOnly,
-    value: (e.value || '').replace(/[^0-9]/g, ''), submits: document[key][id] || 0};
+  const e = document.getElementById(id), kept = document[key][id];
+  if (!visible(e)) continue;
+  const value = (e.value || '').replace(/[^0-9]/g, '');
+  if (kept.digits !== value.length) {
+    clearTimeout(kept.timer);
+    Object.assign(kept, {digits: value.length, settled: false,
+      timer: setTimeout(() => { kept.settled = true; }, pause)});
+  }
+  items[id] = {...kept, element: e, enabled: !e.disabled && !e.readOnly, value};
 }
 const name = e => e.id || `${e.tagName.toLowerCase()} '${(e.innerText || e.name || '').trim().slice(0, 30)}'`;
 const shown = [...document.querySelectorAll('input, select, textarea, button')].filter(visible);
@@ -1505,7 +1512,7 @@ class Browser:
         ids = [name for pair in STEPS.values() for name in pair]
         with browser_faults() as problems:
             try:
-                seen, said = self.driver.execute_script(LOOK, ids, CAPTCHA), ""
+                seen, said = self.driver.execute_script(LOOK, ids, CAPTCHA, SETTLE_SECONDS * 1000), ""
                 # the driver's word for the address: a page may bend what a script hands over
                 url = self.driver.current_url
                 if isinstance(seen, dict) and not seen.get("broken"):
@@ -1704,16 +1711,15 @@ def press_or_wait(view: View, login: Login, waited: float) -> Move | None:
     field, button = (view.items[name] for name in STEPS[step])
     if field["value"] != text or not field["enabled"] or field["submits"] > login.submits:
         return None
-    if step in EVENTS and step not in login.run.by_hand and waited < SETTLE_SECONDS:
-        return None
     if step == "pin" and login.said:
         return None  # an answer, perhaps, so the page has sent it by itself
     if waited > PAGE_SECONDS:
         raise no_progress(step, f"the page's button stayed disabled or covered after the {ENTRY[step]} was "
                                 "typed.")
-    if button["enabled"]:
-        return "press", step
-    return ("captcha" if view.captcha else "wait"), ""
+    if not button["enabled"]:
+        return ("captcha" if view.captcha else "wait"), ""
+    watched = field["settled"] or step not in EVENTS or step in login.run.by_hand
+    return ("press" if watched else "wait"), step
 
 
 def await_judgement(view: View, login: Login, waited: float) -> Move:
