@@ -5231,7 +5231,7 @@ class Scene(NamedTuple):
 
     step: str = ""  # also arrive, error (between two documents), fault (the browser fails)
     foreign: bool = False
-    missing: str = ""  # field or button
+    missing: str = ""  # input or button
     disabled: str = ""
     text: str = "Login"
     captcha: bool = False
@@ -5251,8 +5251,8 @@ def hostile_scene(dice: random.Random, texts: Mapping[str, str], step: str = "")
     moves = dice.random() < (0.15 if step else 0.7)
     step = step or dice.choice(("", "", "mobile", "otp", "pin", "pin", "error", "fault"))
     return Scene(
-        step=step, foreign=dice.random() < 0.06, missing=rare("field", "button"),
-        disabled=rare("field", "button"), captcha=dice.random() < 0.07,
+        step=step, foreign=dice.random() < 0.06, missing=rare("input", "button"),
+        disabled=rare("input", "button"), captcha=dice.random() < 0.07,
         text=dice.choice(SAYINGS) if dice.random() < 0.3 else "Login",
         value=dice.choice(("", "", "", "", texts.get(step, "")[:-1], "12")),
         whole=rare("clears", "trims", "loses"),
@@ -5312,27 +5312,15 @@ class HostileWorld(World):
         if not condition:
             self.wrong.append(f"{self.name}: {words}")
 
-    def open_page(self, name: str) -> None:
-        """A login begins."""
-        self.name, self.pin_sent = name, False
-        self.pages += 1
-        self.scenes = hostile_page(self.dice, self.texts)
-
-    def moved(self, scene: Scene) -> None:
-        """The page shows another scene; what is shown instead of the OTP step may take the code."""
-        odd = scene.missing or not scene.step and scene.text.strip()
-        if odd or scene.step in ("pin", "arrive"):
-            self.codes = 0
-
     def arrived(self) -> None:
         """The redirect takes the PIN that was sent in this login."""
         self.codes = 0
         if self.pin_sent:
             self.pins, self.pin_at, self.proven = 0, "", True
 
-    def reached(self, step: str, value: str) -> None:
+    def reached(self, value: str) -> None:
         """The page has this value, which cannot be taken back: was it allowed, and noted?"""
-        if step == "pin" and value == self.texts["pin"]:
+        if value == self.texts["pin"]:
             self.need(not self.pin_at, "a second PIN in one run")
             self.pin_sent, self.pin_at = True, self.name
             self.pins += 1
@@ -5341,7 +5329,7 @@ class HostileWorld(World):
             self.need(self.attended or self.pins <= most, f"PIN {self.pins} of {most} unattended")
             self.need(len(self.audit("PIN_SENT")) >= self.whole_pins, "a PIN was not noted")
         now = self.now()
-        if step == "otp" and value == totp(TOTP_SECRET, now):
+        if value == totp(TOTP_SECRET, now):
             self.codes += 1
             self.need(now % 30 < 25.5, "a code with too little time left")
             self.need(int(now // 30) not in self.windows, "a code was sent twice")
@@ -5367,8 +5355,53 @@ class HostileWorld(World):
         self.need(done.code == right, f"exit {done.code} instead of {right}: {done}")
 
 
+class HostilePage:
+    """What a login page shows and does, scene by scene; what reaches it is told to the books."""
+
+    def __init__(self, world: HostileWorld, name: str) -> None:
+        self.world, self.number, self.scenes = world, -1, hostile_page(world.dice, world.texts)
+        world.name, world.pin_sent = name, False
+        world.pages += 1
+        self.go()
+
+    def go(self) -> None:
+        """The next scene; the last one stays."""
+        self.number = min(self.number + 1, len(self.scenes) - 1)
+        scene = self.scene = self.scenes[self.number]
+        *ids, self.length = FIELDS.get(scene.step, [0])
+        self.parts = [(part, name, scene.disabled != part)
+                      for part, name in zip(("input", "button"), ids) if scene.missing != part]
+        self.value, self.said, self.since = scene.value, "", self.world.now()
+        self.loses, self.renewed = scene.whole == "loses", scene.reload
+        odd = scene.missing or not scene.step and scene.text.strip()
+        if odd or scene.step in ("pin", "arrive"):  # instead of the OTP step: the code is taken
+            self.world.codes = 0
+
+    def typed(self, value: str) -> bool:
+        """The field is given this value; whether the page submits it by itself."""
+        self.value = value
+        if len(value) != self.length:
+            return False
+        if self.loses:
+            self.loses, self.value = False, value[:-1]
+            self.world.pin_sent |= self.scene.step == "pin"  # as far as the program can tell
+            return False
+        self.world.reached(value)
+        if not self.scene.auto:
+            self.value = {"clears": "", "trims": value[:-1]}.get(self.scene.whole, value)
+        return self.scene.auto
+
+    def submitted(self) -> None:
+        answer = self.scene.answer
+        if answer == "go":
+            self.go()
+        else:
+            self.said = "" if answer == "stay" else answer.replace("{}", self.value)
+            self.value = self.world.dice.choice((self.value, ""))
+
+
 class PaperBrowser:
-    """Given in place of the real one: shows hostile pages in no time, and keeps the books."""
+    """Given in place of the real one: shows hostile pages in no time."""
 
     def __init__(self, world: HostileWorld, place: str) -> None:
         self.world, self.dice, self.place = world, world.dice, place
@@ -5388,102 +5421,68 @@ class PaperBrowser:
 
     def open(self, url: str) -> None:
         query = dict(parse_qsl(urlsplit(url).query))
-        self.state, self.address = query["state"], ""
-        self.world.open_page(Broker.app_of(query["client_id"]))
-        self.number, self.looks = -1, 0
+        self.page = HostilePage(self.world, Broker.app_of(query["client_id"]))
+        self.state, self.number, self.looks = query["state"], -1, 0
         self.submits: dict[str, int] = collections.Counter()
-        self.go()
         self.work()
-
-    def go(self) -> None:
-        """The next scene; the last one stays."""
-        self.number = min(self.number + 1, len(self.world.scenes) - 1)
-        self.scene, self.element = self.world.scenes[self.number], object()
-        self.since, self.value, self.said = self.clock(), self.scene.value, ""
-        self.loses = self.scene.whole == "loses"
-        self.world.moved(self.scene)
-        if self.scene.reload:
-            self.submits.clear()
-        self.url = self.dice.choice((FOREIGN if self.scene.foreign else OWN)[self.place])
 
     def look(self) -> upstox_tokens.View:
         self.looks += 1
         assert self.looks < 5000, "it looks without end"
         self.work()
-        if self.scene.after is not None and self.clock() > self.since + self.scene.after:
-            self.go()
-        if self.scene.step == "fault":
+        page = self.page
+        if page.scene.after is not None and self.clock() > page.since + page.scene.after:
+            page.go()
+        scene = page.scene
+        if self.number != page.number:
+            self.number = page.number
+            self.url = self.dice.choice((FOREIGN if scene.foreign else OWN)[self.place])
+        if page.renewed:
+            page.renewed = False
+            self.submits.clear()
+        if scene.step == "fault":
             raise upstox_tokens.PageFault("net::ERR_FAILED")
-        if self.scene.step == "error":
+        if scene.step == "error":
             return upstox_tokens.View("chrome-error://chromewebdata/", broken=True)
-        if self.scene.step == "arrive":
-            if not self.address:
-                reply = self.world.broker.send_back(self.world.name, self.state)
-                self.address = reply.headers[0][1]
-            return upstox_tokens.View(self.address)
-        items = self.items()
-        return upstox_tokens.View(
-            url=self.url, items=items, captcha=self.scene.captcha, shown=list(items),
-            text=f"{self.scene.text}\n{self.said}")
+        if scene.step == "arrive":
+            reply = self.world.broker.send_back(self.world.name, self.state)
+            return upstox_tokens.View(reply.headers[0][1])
+        items = {name: {"enabled": enabled, "value": page.value,
+                        "submits": self.submits[scene.step],
+                        "settled": self.dice.random() < 0.5} for _, name, enabled in page.parts}
+        return upstox_tokens.View(self.url, items, scene.captcha, list(items),
+                                  f"{scene.text}\n{page.said}")
 
-    def items(self) -> dict[str, dict[str, Any]]:
-        names = zip(FIELDS.get(self.scene.step, ())[:2], ("field", "button"), (self.value, ""))
-        return {name: {"element": self.element, "enabled": self.scene.disabled != part,
-                       "value": value, "submits": self.submits[name],
-                       "settled": self.dice.random() < 0.5}
-                for name, part, value in names if part != self.scene.missing}
-
-    def gone(self, view: upstox_tokens.View, step: str) -> bool:
+    def gone(self) -> bool:
         """Whether what was looked at has gone meanwhile."""
         self.work()
-        self.world.need(view.url in OWN[self.place], f"an act on a page at {view.url}")
+        self.world.need(self.url in OWN[self.place], f"an act on a page at {self.url}")
         if self.dice.random() < 0.02:
-            self.go()
-        return view.items[FIELDS[step][0]]["element"] is not self.element
+            self.page.go()
+        return self.page.number != self.number
 
-    def type(self, view: upstox_tokens.View, step: str, keys: str) -> bool:
-        if self.gone(view, step):
+    def type(self, _view: upstox_tokens.View, _step: str, keys: str) -> bool:
+        if self.gone():
             return False
-        length = FIELDS[step][2]
         for key in keys:
-            if self.loses and len(self.value) == length - 1:
-                self.loses = False
-                self.world.pin_sent |= step == "pin"  # it counts as sent, so arrival takes it
-                continue
-            self.value += key
-            if len(self.value) == length:
-                self.complete(step)
+            if self.page.typed(self.page.value + key):
+                self.submit()
         self.work()
         return True
 
-    def complete(self, step: str) -> None:
-        """The field holds a whole value, so the page has it."""
-        self.world.reached(step, self.value)
-        if self.scene.auto:
-            self.submit(step)
-        elif self.scene.whole in ("clears", "trims"):
-            self.value = "" if self.scene.whole == "clears" else self.value[:-1]
+    def clear(self, *_: object) -> None:
+        if not self.gone():
+            self.page.value = ""
 
-    def clear(self, view: upstox_tokens.View, step: str) -> bool:
-        if self.gone(view, step):
+    def press(self, _view: upstox_tokens.View, _step: str, digits: int) -> bool:
+        if self.gone() or len(self.page.value) != digits or self.dice.random() < 0.05:
             return False
-        self.value = ""
+        self.submit()
         return True
 
-    def press(self, view: upstox_tokens.View, step: str, digits: int) -> bool:
-        if self.gone(view, step) or len(self.value) != digits or self.dice.random() < 0.05:
-            return False
-        self.submit(step)
-        return True
-
-    def submit(self, step: str) -> None:
-        answer = self.scene.answer
-        self.submits[FIELDS[step][0]] += 1
-        if answer == "go":
-            return self.go()
-        self.said = "" if answer == "stay" else answer.replace("{}", self.value)
-        self.value = self.dice.choice((self.value, ""))
-        return None
+    def submit(self) -> None:
+        self.submits[self.page.scene.step] += 1
+        self.page.submitted()
 
 
 def tell_on_paper(world: HostileWorld) -> None:
@@ -5507,89 +5506,78 @@ def tell_on_paper(world: HostileWorld) -> None:
 
 STAGE = """<!doctype html><meta charset="utf-8"><title>Login</title><main></main><script>
 "use strict";
-const [SCENES, FIELDS, START, OWN, AWAY, HOP] = /*DATA*/null;
-let place = START, scene, timer;
-function tell(kind, value) {  // at once: whatever comes after may end the page
+let number = -1, timer;
+function tell(kind, value = "") {  // at once: whatever comes after may end the page
   const request = new XMLHttpRequest();
-  request.open("POST", `/told?kind=${kind}&place=${place}`, false);
+  request.open("POST", `/told?kind=${kind}`, false);
   request.send(value);
+  const page = JSON.parse(request.responseText);
+  if (page.away || page.number !== number) clearTimeout(timer);
+  if (page.away) return location.replace(page.away);
+  if (page.number !== number) draw(page);
+  document.getElementById("said").textContent = page.said;
+  const field = document.querySelector("input");
+  if (field && field.value !== page.value) field.value = page.value;
+  if (page.submits) field.form.requestSubmit();
 }
-function go(next) {
-  clearTimeout(timer);
-  place = Math.min(next, SCENES.length - 1);
-  scene = SCENES[place];
-  if (scene.step === "arrive") return location.replace(HOP);
-  if (scene.step === "error" || scene.step === "fault")
-    return location.replace("http://127.0.0.1:1/");
-  const away = location.origin === AWAY;
-  if (scene.foreign !== away || scene.reload && place !== START)
-    return location.replace(`${scene.foreign ? AWAY : OWN}/${location.search}&place=${place}`);
-  tell("moved", "");
-  draw();
-  if (scene.after !== null) timer = setTimeout(() => go(place + 1), scene.after * 100);
+function draw(page) {
+  number = page.number;
+  if (page.after !== null) timer = setTimeout(tell, page.after * 100, "late");
+  const parts = page.parts.map(([part, id, enabled]) =>
+    `<${part} id="${id}" maxlength="${page.length}" ${enabled ? "" : "disabled"}></${part}>`);
+  document.querySelector("main").innerHTML = `<p id="text"></p><p id="said"></p>
+    <form>${parts.join("")}</form>${page.captcha ? "<div class='cf-turnstile'>Human?</div>" : ""}`;
+  document.getElementById("text").textContent = page.text;
 }
-function draw() {
-  const [field, button, length] = FIELDS[scene.step] || [], main = document.querySelector("main");
-  const off = part => scene.disabled === part ? "disabled" : "";
-  main.innerHTML = `<p id="text"></p><p id="said"></p><form>
-    ${field && scene.missing !== "field" ? `<input id="${field}" maxlength="${length}"
-      value="${scene.value}" ${off("field")}>` : ""}
-    ${button && scene.missing !== "button" ? `<button id="${button}" ${off("button")}>Go</button>`
-      : ""}</form>${scene.captcha ? "<div class='cf-turnstile'>Are you human?</div>" : ""}`;
-  main.querySelector("#text").textContent = scene.text;
-}
-addEventListener("keydown", event => {
-  const length = (FIELDS[scene.step] || [])[2];
-  if (scene.whole !== "loses" || event.target.value.length !== length - 1) return;
-  scene.whole = "";
-  event.preventDefault();
-}, true);
-addEventListener("input", ({target}) => {
-  tell("typed", target.value);
-  if (target.value.length !== FIELDS[scene.step][2]) return;
-  if (scene.auto) target.form.requestSubmit();
-  else if (scene.whole === "clears") target.value = "";
-  else if (scene.whole === "trims") target.value = target.value.slice(0, -1);
-});
+addEventListener("input", ({target}) => tell("typed", target.value));
 addEventListener("submit", event => {
   event.preventDefault();
-  if (scene.answer === "go") return go(place + 1);
-  const words = scene.answer === "stay" ? "" : scene.answer;
-  const value = event.target.elements[0].value;
-  document.getElementById("said").textContent = words.replace("{}", value);
+  tell("submit");
 });
-go(START);
+tell("start");
 </script>"""
 
 
 class HostileBroker(Broker):
-    """Shows the hostile pages to a real browser, and tells the books what is typed there."""
+    """Shows the hostile pages to a real browser, which tells what happens there."""
 
     world: HostileWorld
-
-    def handle(self, request: Request) -> Reply | str:
-        if request.path != "/told":
-            return super().handle(request)
-        scene = self.world.scenes[int(request.query["place"])]
-        if request.query["kind"] == "moved":
-            self.world.moved(scene)
-        else:
-            self.world.need(request.host == "login", "typed on the foreign host")
-            self.world.reached(scene.step, request.body.decode())
-        return json_reply({})
 
     def on_page(self, request: Request) -> Reply:
         if request.path != "/":
             return Reply(404)
-        if "place" not in request.query:
-            self.world.open_page(self.app_of_page(request))
-        scenes = [scene._asdict() for scene in self.world.scenes]
-        place = int(request.query.get("place", 0))
-        hop = f"{self.hop}{HOP_PATH}?client_id={request.query['client_id']}"
-        data = json.dumps([scenes, FIELDS, place, self.login, self.foreign, hop])
-        return html_reply(STAGE.replace("/*DATA*/null", data.replace("<", "\\u003c")))
+        if "again" not in request.query:
+            self.query = request.query
+            self.page = HostilePage(self.world, self.app_of_page(request))
+        return html_reply(STAGE)
 
     on_foreign = on_page
+
+    def handle(self, request: Request) -> Reply | str:
+        """The answer to /told: what the page has to show now, or where it has to go."""
+        if request.path != "/told":
+            return super().handle(request)
+        page, kind, submits = self.page, request.query["kind"], False
+        if kind == "start":
+            page.renewed = False
+        elif kind == "typed":
+            self.world.need(request.host == "login", "typed on the foreign host")
+            submits = page.typed(request.body.decode())
+        elif kind == "submit":
+            page.submitted()
+        else:  # late
+            page.go()
+        scene, away = page.scene, ""
+        if scene.step == "arrive":
+            away = f"{self.hop}{HOP_PATH}?client_id={self.query['client_id']}"
+        elif scene.step in ("error", "fault"):
+            away = "http://127.0.0.1:1/"
+        elif page.renewed or scene.foreign != (request.host == "foreign"):
+            host = self.foreign if scene.foreign else self.login
+            away = f"{host}/?{urlencode(self.query | {'again': 1})}"
+        names = ("number", "parts", "length", "value", "said")
+        return json_reply(scene._asdict() | {name: getattr(page, name) for name in names}
+                          | {"submits": submits, "away": away})
 
     def send_back(self, name: str, state: str | None) -> Reply:
         """Sometimes with another state than ours."""
