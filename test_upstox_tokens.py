@@ -5280,7 +5280,7 @@ class HostileWorld(World):
 
     def __init__(self, story: str) -> None:
         self.dice = random.Random(story)
-        self.texts = {"mobile": f"9{self.dice.randrange(10**9):09}",
+        self.texts = {"mobile": f"9{self.dice.randrange(10**9):09}", "otp": "123456",
                       "pin": f"{self.dice.randrange(10**6):06}"}
         super().__init__(3, NOON, {"UPSTOX_MOBILE_NUMBER": self.texts["mobile"],
                                    "UPSTOX_PIN": self.texts["pin"]}, HostileBroker)
