@@ -5172,10 +5172,11 @@ class Tally:
             said = " ".join(str(error).split())
             self.losses.append(f"{case}: {type(error).__name__}: {said[:300]} ... {said[-500:]}")
 
-    def all(self, work: Callable[[Any], object], cases: Iterable[Any], workers: int = 1) -> None:
+    def all(self, work: Callable[[Any], object], cases: Iterable[Any], workers: int = 1,
+            counts: int = 1) -> None:
         """work(case) for each case, several side by side with workers."""
         def one(case: Any) -> None:
-            with self.trial(str(case)[:100]):
+            with self.trial(str(case)[:100], counts):
                 work(case)
 
         with ThreadPoolExecutor(workers) as pool:
@@ -5594,16 +5595,16 @@ def tell_in_browser(world: HostileWorld) -> None:
 def hostile_pages(table: Table, number: int, what: str, tell: Callable[[HostileWorld], None],
                   workers: int = 1) -> None:
     """Stories, each with a world and credentials of its own, until there were so many pages."""
-    def work(place: int) -> None:
+    def work(story: str) -> None:
         if tally.tried < number:
-            with tally.trial(f"story {place}", 0), HostileWorld(f"story {place}") as world:
+            with HostileWorld(story) as world:
                 try:
                     tell(world)
                 finally:
                     tally.tried += world.pages
 
-    with table.promise(what) as tally, ThreadPoolExecutor(workers) as pool:
-        list(pool.map(work, range(number)))
+    with table.promise(what) as tally:
+        tally.all(work, (f"story {place}" for place in range(number)), workers, counts=0)
 
 
 def paper_pages(table: Table, number: int) -> None:
@@ -5675,9 +5676,8 @@ def kill(table: Table, number: int, when: str = "at any moment of a run", **swit
                 with tally.trial(f"{mode}, at {moment:.2f} of {took:.1f} s"):
                     kill_once(world, moment * (0.06 if switches else took), dice.randrange(2))
 
-    with table.promise(f"kill -9 {when}: rows whole, the next run works") as tally, \
-            ThreadPoolExecutor(2) as pool:
-        list(pool.map(work, ("DELETE", "WAL")))
+    with table.promise(f"kill -9 {when}: rows whole, the next run works") as tally:
+        tally.all(work, ("DELETE", "WAL"), workers=2, counts=0)
 
 
 kill_while_storing = functools.partial(kill, when="while storing", **DIRECT)
@@ -5739,8 +5739,8 @@ def account(table: Table, number: int) -> None:
             assert world.sent()[1:] == most, world.sent()
 
     with table.promise("runs of cron in a row: 1 PIN, 2 when it was accepted, 2 codes") as tally, \
-            mock.patch.multiple(upstox_tokens, OUTCOME_SECONDS=3), ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, ACCOUNTS))
+            mock.patch.multiple(upstox_tokens, OUTCOME_SECONDS=3):
+        tally.all(work, ACCOUNTS, workers=4, counts=0)
 
 
 # ---- what the broker's API may answer, and what others may send
