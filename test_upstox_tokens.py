@@ -5634,17 +5634,15 @@ DIRECT = {"dialog_answer": "direct"}  # no login page: for what lies behind it
 class LaterWorld(World):
     """Each start of the program comes at the beginning of a TOTP window of its own."""
 
-    def run_later(self, *argv: Any, **options: Any) -> subprocess.Popen[str]:
-        script, switches = self.folder / "ahead.py", self.broker.switches
-        script.write_text(AHEAD)
+    def run_later(self) -> subprocess.Popen[str]:
+        switches, env = self.broker.switches, {"PYTHONPATH": str(PROGRAM.parent)}
         switches.clock_offset += 31 - self.broker.now() % 30
-        env = {"PYTHONPATH": str(PROGRAM.parent)}
-        return self.start(switches.clock_offset, *argv, program=script, env=env, **options)
+        return self.start(AHEAD, switches.clock_offset, "--mode", "ALL", program="-c", env=env)
 
     def good_run(self) -> float:
         """A whole run that must succeed; how long it took."""
         begun = time.monotonic()
-        done = self.finish(self.run_later("--mode", "ALL"))
+        done = self.finish(self.run_later())
         assert done.code == 0, done
         return time.monotonic() - begun
 
@@ -5685,7 +5683,7 @@ kill_while_storing = functools.partial(kill, when="while storing", **DIRECT)
 
 def kill_once(world: LaterWorld, seconds: float, before: int) -> None:
     broker, pins = world.broker, len(world.broker.pins)
-    program, tokens = world.run_later("--mode", "ALL"), broker.count("token") + before
+    program, tokens = world.run_later(), broker.count("token") + before
     if broker.switches.dialog_answer:
         world.until(lambda: broker.count("token") > tokens)
     broker.pause(seconds)
