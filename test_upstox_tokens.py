@@ -5891,16 +5891,6 @@ class Fuzz:
                                          io.StringIO(), input, upstox_tokens.Browser)
         self.ctx.path = self.path
         self.config = upstox_tokens.load_config(self.ctx, "menu")
-        self.columns = re.findall(r'(?m)^ +"(\w+)"', TOKENS_DDL)[1:]
-        with self.database() as database:
-            database.execute(f"CREATE TABLE upstox_tokens (id INTEGER PRIMARY KEY, "
-                             f"{', '.join(self.columns)})")
-
-    @contextlib.contextmanager
-    def database(self) -> Iterator[sqlite3.Connection]:
-        with contextlib.closing(sqlite3.connect(self.path)) as database, database:
-            database.execute("PRAGMA synchronous = OFF")
-            yield database
 
     def env_lines(self, dice: Dice) -> None:
         """Every setting may be broken; what is said of them shows no secret."""
@@ -5919,14 +5909,15 @@ class Fuzz:
 
     def rows(self, dice: Dice) -> None:
         """Rows of anything in every column, judged as by every command."""
-        fit = token_row("PRIMARY", "x" * 40, time.time())
-        rows = [[dice.column() if dice.randrange(3) else fit.get(column)
-                 for column in self.columns] for _ in range(2)]
-        with self.database() as database:
-            database.execute("DELETE FROM upstox_tokens")
-            marks = ",".join("?" * len(self.columns))
-            database.executemany(f"INSERT INTO upstox_tokens ({','.join(self.columns)}) "
-                                 f"VALUES ({marks})", rows)
+        fit, columns = token_row("PRIMARY", "x" * 40, time.time()), COLUMNS.split(", ")
+        rows = [[dice.column() if dice.randrange(3) else fit.get(column) for column in columns]
+                for _ in range(2)]
+        with contextlib.closing(sqlite3.connect(self.path)) as database, database:
+            database.executescript(
+                "PRAGMA synchronous = OFF; CREATE TABLE IF NOT EXISTS upstox_tokens "
+                f"(id INTEGER PRIMARY KEY, {COLUMNS}); DELETE FROM upstox_tokens")
+            marks = ",".join("?" * len(columns))
+            database.executemany(f"INSERT INTO upstox_tokens ({COLUMNS}) VALUES ({marks})", rows)
         statuses = []
         for name, token in upstox_tokens.read_tokens(self.path).items():
             verdict = upstox_tokens.judge_stored(token, APPS["PRIMARY"][0], time.time())
