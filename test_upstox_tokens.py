@@ -6348,9 +6348,8 @@ def run_all(slow_rows: bool = False) -> int:
     """Every test class in a process of its own, several at once; those with a browser first."""
     cases = unittest.defaultTestLoader.loadTestsFromModule(sys.modules["__main__"])
     classes = {type(test) for suite in cases for test in suite}
-    names = [kind.__name__ for kind in sorted(
-        classes, key=lambda kind: (not issubclass(kind, BrowserCase), kind.__name__))]
-    names.sort(key=lambda name: name not in LONGEST)
+    names = [kind.__name__ for kind in sorted(classes, key=lambda kind: (
+        kind.__name__ not in LONGEST, not issubclass(kind, BrowserCase), kind.__name__))]
     environ = os.environ | ({"TEST_SLOW": "1"} if slow_rows else {})
     seconds, counts, begun = {}, collections.Counter(), time.monotonic()
 
