@@ -3801,6 +3801,8 @@ class PrivacyTest(LoginCase):
                                    r"--enable-automation.*--user-data-dir")
         self.assertNotRegex(commands, "AutomationControlled|--user-agent|--disable-web-security")
         self.assertEqual("--no-sandbox" in commands, os.geteuid() == 0)
+        # or a crash handler that starts late would make the profile's folder anew
+        self.assertRegex(commands, r"--database=\S+/upstox_tokens-[0-9a-f]+/\w")
         self.assertNotIn("UPSTOX_", "\n".join(seen.values()))
         world.check_said(commands, *seen.values())
 

@@ -520,8 +520,7 @@ def is_brokers(url: str) -> bool:
 
 def is_base_url(value: str) -> bool:
     """Tokens and client secrets are sent there: the broker or this machine, no path."""
-    bare = re.fullmatch("https?://[^/?#@]+/*", value) is not None
-    return bare and (is_brokers(value) or is_local(value))
+    return bool(re.fullmatch("https?://[^/?#@]+/*", value)) and (is_brokers(value) or is_local(value))
 
 
 def are_origins(value: str) -> bool:
@@ -1491,9 +1490,10 @@ class Browser:
         hosts = [urllib.parse.urlsplit(uri).hostname for uri in self.redirect_uris]
         for key in ("no_proxy", "NO_PROXY"):
             environ[key] = ",".join(filter(None, [environ.get(key), *hosts]))
-        # what Chromium leaves in the temporary folder goes with the profile
-        own = {"TMPDIR": profile, "BREAKPAD_DUMP_LOCATION": profile} if sys.platform == "linux" else {}
-        return environ | own
+        if sys.platform == "linux":  # what Chromium leaves in the temporary folder goes with the profile
+            # a crash handler that starts late makes its own folder anew, but not the one around it
+            environ |= {"TMPDIR": profile, "BREAKPAD_DUMP_LOCATION": os.path.join(profile, "crashes")}
+        return environ
 
     def open(self, url: str) -> None:
         """Load a page. Ending at the unreachable redirect URI is arrival, not a fault."""
