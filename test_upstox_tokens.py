@@ -44,8 +44,8 @@ What is known of the broker -> the switch that shows it ("always": without one)
 
 Nobody has seen these; a changed page, or a stranger in between, would look like it: rename,
 page="terms", the answers terms, consent, silent and foreign, leave_on_input, clears,
-pin_autosubmit, jam, by_script, unguarded, counter, keep_hidden_inputs, hooks, down, and the API's
-hang, drip, endless and gzip.
+pin_autosubmit, jam, by_script, unguarded, counter, keep_hidden_inputs, rewritten, hooks, down, and
+the API's hang, drip, endless and gzip.
 
 Known facts without a switch: the old login hosts and forms, Android and iOS pages, the QR login
 itself, accounts of several people, extended and analytics tokens, sandbox, logout, static IP rules,
@@ -224,6 +224,7 @@ class Switches:
     otp_button_always_enabled: bool = False  # Continue has no type and works with an empty field
     keep_hidden_inputs: bool = False  # the inputs of the other steps are in the page too, hidden
     rename: dict[str, str] = field(default_factory=dict)  # id of a field or button: its new id
+    rewritten: bool = False  # the page writes its whole document anew, a little after it came
     captcha: float | str = ""  # seconds until it passes by itself, or never (somebody solves it)
     captcha_form: str = "frame"  # frame (iframe in the open), div (closed shadow root in
     #                .cf-turnstile), explicit (the same beside the response input), page (whole)
@@ -277,6 +278,9 @@ BLANK_PAGE = """<!doctype html>
 <body><noscript>You need to enable JavaScript to run this app.</noscript>
 <main id="root"></main><div id="modalRoot"></div></body></html>
 """
+
+REWRITTEN = """<!doctype html><p>One moment please</p><script>setTimeout(() => {{
+  document.open(); document.write({}); document.close(); }}, 300)</script>"""
 
 SCRIPT = r"""<script>
 "use strict";
@@ -1077,7 +1081,10 @@ class Broker:
         script = SCRIPT.replace("/*CFG*/null", json.dumps(config))
         run_out = ("Set-Cookie", "auth_identity_token_expiry=1; Path=/")
         headers = [run_out] if self.switch("stale_identity", name) else []
-        return html_reply(BLANK_PAGE.replace("</body>", script), status, headers)
+        page = BLANK_PAGE.replace("</body>", script)
+        if self.switch("rewritten", name):
+            page = REWRITTEN.format(json.dumps(page).replace("</", r"<\/"))
+        return html_reply(page, status, headers)
 
     def on_config(self, request: Request) -> Reply | str:
         name = self.app_of_page(request)
@@ -3223,8 +3230,8 @@ class VariantTest(BrowserCase):
         ({"clock_offset": -19, "page_delay": 0.5}, [
             {}, {"stale_identity": True}, {"redirect_delay": 1, "pin_autosubmit": 150},
             {"step_delay": 2, "spinner": 1500}, {"dialog_answer": "direct"}], (2, 2, 4)),
-        ({"unguarded": True, "step_delay": 0.6, "otp_autosubmit": 0, "pin_autosubmit": 0}, [{}],
-         (1, 1, 1)),
+        ({"unguarded": True, "step_delay": 0.6, "otp_autosubmit": 0, "pin_autosubmit": 0,
+          "rewritten": True}, [{}], (1, 1, 1)),
         ({"unguarded": True, "step_delay": 0.6, "by_script": True}, [{}], (1, 1, 1)),
         ({}, [{"late_name": 150}, {"late_name": 0}, {"counter": 50}], (1, 1, 3)),
         ({"captcha": 0.3, "remember": False}, [
@@ -3508,6 +3515,18 @@ class PinTest(LoginCase):
         self.assertEqual(world.call(answers=["2"]).code, 3)  # asked, and Ctrl-D
         self.assertEqual((len(world.prompts), world.sent()[2]), (2, 2))
         self.check_nothing_tried(world)
+
+    def test_page_that_submits_before_the_press(self) -> None:
+        """By itself, just after it was looked at."""
+        class Slow(upstox_tokens.Browser):
+            def press(self, view: upstox_tokens.View, step: str, digits: int) -> bool:
+                world.until(lambda: step != "pin" or "[1017999]" in self.look().text)
+                return super().press(view, step, digits)
+
+        world = self.world(3, moment=NOON, pin_autosubmit=800, pin_answer="1017999")
+        world.open_browser = Slow
+        done = world.call("--mode", "ALL")
+        self.check(world, done, 3, ["something went wrong.*PIN had been sent"], (1, 1, 1))
 
     def test_killed_while_judged(self) -> None:
         """kill -9 then: the PIN counts as sent."""

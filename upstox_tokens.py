@@ -1235,16 +1235,16 @@ def totp_wait(now: float, sent: Iterable[int]) -> float:
 # asked to count how often each form was submitted, which may pass between two looks, and to tell when a field
 # has settled: its timers run in their order, so what a busy page was about to do by then is done
 LOOK = """
-const [ids, captcha, pause] = arguments, key = Symbol.for('upstox_tokens');
+const [ids, captcha, pause] = arguments, root = document.documentElement, key = Symbol.for('upstox_tokens');
 const visible = e => e && e.getClientRects().length && getComputedStyle(e).visibility !== 'hidden';
-if (!document[key]) {
-  document[key] = Object.fromEntries(ids.map(id => [id, {submits: 0}]));
+if (!root[key]) {  // a page may write itself anew, which ends the listening, too
+  const all = root[key] = Object.fromEntries(ids.map(id => [id, {submits: 0}]));
   addEventListener('submit', ({target: form}) => {
-    for (const {id} of form.elements) if (ids.includes(id)) document[key][id].submits += 1; }, true);
+    for (const {id} of form.elements) if (ids.includes(id)) all[id].submits += 1; }, true);
 }
 const items = {};
 for (const id of ids) {
-  const e = document.getElementById(id), kept = document[key][id];
+  const e = document.getElementById(id), kept = root[key][id];
   if (!visible(e)) continue;
   const value = (e.value || '').replace(/[^0-9]/g, '');
   if (kept.digits !== value.length) {
@@ -1261,12 +1261,12 @@ return {items, broken: !location.protocol.startsWith('http'),
   captcha: !!document.querySelector(captcha) && !solved,
   shown: shown.slice(0, 12).map(name), text: (document.body ? document.body.innerText : '').slice(0, 20000)};
 """
-# compare and click in one script, so that no re-rendering comes between; a button that something covers
-# (a spinner) has to wait, as it would for a person
+# compare and click in one script, so that neither re-rendering nor a submit comes between; a button that
+# something covers (a spinner) has to wait, as it would for a person
 PRESS = """
-const [field, e, digits] = arguments;
-const held = field.value.replace(/[^0-9]/g, '').length;
-if (held !== digits || e.disabled || !e.getClientRects().length) return false;
+const [field, e, digits, submits] = arguments, held = field.value.replace(/[^0-9]/g, '').length;
+const submitted = document.documentElement[Symbol.for('upstox_tokens')]?.[field.id].submits !== submits;
+if (submitted || held !== digits || e.disabled || !e.getClientRects().length) return false;
 e.scrollIntoView({block: 'center'});
 const {x, y, width, height} = e.getBoundingClientRect();
 if (!e.contains(document.elementFromPoint(x + width / 2, y + height / 2))) return false;
@@ -1433,12 +1433,12 @@ class Browser:
         except OSError as error:
             raise LoginFailed(f"the browser could not be started ({error.strerror}). {INSTALL_BROWSER}",
                               THIS_RUN) from None
+        from selenium import webdriver  # while the driver starts
+        from selenium.webdriver.common.proxy import Proxy, ProxyType
+        from selenium.webdriver.remote.client_config import ClientConfig
         [address] = run_within(DRIVER_SECONDS, "", driver_address, [self.keeper.stdout])
         if not address:  # its random port may be taken on one of its two addresses
             raise PageFault("chromedriver did not start")
-        from selenium import webdriver
-        from selenium.webdriver.common.proxy import Proxy, ProxyType
-        from selenium.webdriver.remote.client_config import ClientConfig
         # straight to the driver: a proxy would read every key typed
         config = ClientConfig(address, timeout=DRIVER_SECONDS, proxy=Proxy({"proxyType": ProxyType.DIRECT}))
         with browser_faults() as problems:
@@ -1542,7 +1542,7 @@ class Browser:
         """Press the step's button if its field still holds so many digits and nothing covers it."""
         field, button = (view.items[name]["element"] for name in STEPS[step])
         with browser_faults():
-            return bool(self.driver.execute_script(PRESS, field, button, digits))
+            return bool(self.driver.execute_script(PRESS, field, button, digits, view.field(step)["submits"]))
         return False
 
     def evidence(self, stem: Path, hidden: Iterable[str]) -> None:
@@ -1965,7 +1965,7 @@ class Login:
             elif verb != "wait":
                 return view, verb, detail
             self.browser.rest(rest)
-            rest = min(rest * 1.2, 0.5)
+            rest = min(rest * 1.1, 0.5)
 
     def mind_captcha(self) -> None:
         """A CAPTCHA belongs to the operator; without a window it can only pass by itself."""
