@@ -2210,7 +2210,8 @@ VALUES: dict[str, tuple[str, list[str], list[str]]] = {  # key: what is said, of
         [TOTP_SECRET.lower(), "  ".join(re.findall("....", TOTP_SECRET))]),
     "UPSTOX_REDIRECT_URI": (
         "must be the http or https URL registered with the apps",
-        ["localhost:28020/callback", "ftp://localhost/", "http://", "http://a:x/"],
+        ["localhost:28020/callback", "ftp://localhost/", "http://", "http://:80/", "http://a:x/",
+         "http://a:0/"],
         ["https://example.com", "http://localhost:28020/cb?x=1"]),
     "UPSTOX_NOTIFIER_WEBHOOK_URI": (
         "must be the http or https URL registered with the apps and have a path of its own",
@@ -2232,7 +2233,7 @@ VALUES: dict[str, tuple[str, list[str], list[str]]] = {  # key: what is said, of
                          ["fifteen-letters", "sixteen letters!"], ["sixteen-letters!"]),
     "UPSTOX_ALLOWED_ORIGINS": (
         "must be origins such as http://localhost:5173, comma separated",
-        ["localhost", "http://localhost:5173,*", "https://example.com/x"],
+        ["localhost", "http://localhost:5173,*", "https://example.com/x", "http://a:x"],
         ["http://localhost:5173, https://app.example.com/"]),
     "UPSTOX_API_NAME_5": (NAMES, ["WEBSOCKET4", "optionchain2"], []),
     "UPSTOX_CLIENT_ID_5": (PLAIN, ["two words", "\u00e9", "x" * 256], ["x" * 255]),
