@@ -4133,7 +4133,7 @@ class RequestTest(WebCase):
         keyed = {"UPSTOX_ALLOWED_ORIGINS": ORIGIN, "UPSTOX_SERVE_KEY": KEY}
         for rows, at, env in (
                 (REQUESTS, "", NO_LOGIN),
-                (OPEN_ACCESS, "", {"UPSTOX_ALLOWED_ORIGINS": f"{VITE}, {ORIGIN}/"}),
+                (OPEN_ACCESS, "", {"UPSTOX_ALLOWED_ORIGINS": f"{VITE}, https://Desk.Example.com/"}),
                 (V6_ACCESS, "[::1]:0", {}), (KEY_ACCESS, "", keyed),
                 (FAR_ACCESS, "0.0.0.0:0", keyed)):
             world = self.served(seed=World.seed_valid, at=at, env=env, dialog_answer="100068")
