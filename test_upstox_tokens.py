@@ -2304,8 +2304,9 @@ class ConfigTest(Case):
                 self.refuse(world, f"{key}: is not set; flow {flow} needs it",
                             argv=[*argv, "--flow", flow])
             self.assertEqual(world.call("--status").code, 0)
-            menu = world.call("--flow", flow, answers=["4"]).code
-            self.assertEqual(menu, 2 if "REDIRECT" in key else 0)
+            menu = world.call("--flow", flow, answers=["4"])
+            self.assertEqual((menu.code, menu.err), (2, f"error: {key}: is not set\n")
+                             if "REDIRECT" in key else (0, ""))
             done = world.call("--flow", flow, answers=["1"])
             self.assertEqual((done.code, done.err.count(key)), (2, 1))
             self.assertEqual(world.broker.count("dialog"), 0)
