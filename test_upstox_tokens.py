@@ -2230,7 +2230,7 @@ VALUES: dict[str, tuple[str, list[str], list[str]]] = {  # key: what is said, of
          "http://localhost:8080/"]),
     "UPSTOX_CONFIG_SOURCE": ("must be ENV or DB", ["FILE", "db"], ["ENV", "DB"]),
     "UPSTOX_SERVE_KEY": ("must have 16 characters or more, without spaces",
-                         ["fifteen-letters", "sixteen letters!"], ["sixteen-letters!"]),
+                         ["fifteen-letters", "sixteen letters!"], ["sixteen-letters!", ""]),
     "UPSTOX_ALLOWED_ORIGINS": (
         "must be origins such as http://localhost:5173, comma separated",
         ["localhost", "http://localhost:5173,*", "https://example.com/x", "http://a:x"],
