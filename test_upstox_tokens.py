@@ -2747,7 +2747,7 @@ class HoldTest(Case):
                 ({}, 3), ({"UPSTOX_PIN": "749217"}, 3), ({"UPSTOX_PIN": "749218"}, 1),
                 ({"UPSTOX_MOBILE_NUMBER": "9812047366"}, 1),
                 ({"UPSTOX_TOTP": TOTP_SECRET[::-1]}, 1),
-                ({"UPSTOX_TOTP": TOTP_SECRET.lower() + "  "}, 3), ({}, 3)):
+                ({"UPSTOX_TOTP": TOTP_SECRET.lower() + "  ="}, 3), ({}, 3)):
             with self.subTest(changes):
                 self.assertEqual(world.call("--mode", "ALL", **changes).code, code)
         self.assertTrue(json.loads(world.call("--status", "--json").out)["hold"])
