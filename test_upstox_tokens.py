@@ -2011,6 +2011,7 @@ class AnswerTest(Case):
                 ("VALID", f"{api}/", proxy, ""),
                 (unknown, f"http://127.0.0.1:{free_port()}", proxy, ""),
                 (unknown, api.replace("http:", "https:"), "", ""),
+                (unknown, "", proxy, "CONNECT api.upstox.com:443 "),
                 # a proxy for https is asked for a tunnel and sees no token
                 (unknown, "https://nobody.upstox.com", proxy, "CONNECT nobody.upstox.com:443 ")])
 
