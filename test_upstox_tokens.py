@@ -1784,7 +1784,7 @@ def status_rows() -> list[tuple[str, list[dict[str, Any]]]]:
               b"2025-11-26 03:30:00"),
         *each("EXPIRED (validity unreadable)", "validity_at", None, "", "soon", b"\xff\xfe",
               "2025-11-26 3:30:00", "2025-13-45 03:30:00", "2025-11-26 03:30:00x", 1764108000000,
-              1764108000, 2461005.5),
+              1764108000, 20251126, 2461005.5),
         # the newest of several rows counts: by created_at, then by id
         ("VALID", [{}, earlier | past]), ("VALID", [earlier | past, {}]),
         ("INVALID (401)", [earlier, refused]), ("INVALID (401)", [refused, earlier]),
