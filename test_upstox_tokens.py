@@ -1819,6 +1819,8 @@ class TokenTest(Case):
         with time_zone("Asia/Kolkata"):
             world = self.world(apps=1, moment=MOMENT, one_token_per_app=False)
             self.table(work, status_rows())
+            world.moment = next_cutoff(MOMENT)
+            work(("EXPIRED", [{"created_at": int(MOMENT)}]))
 
     def test_cutoffs(self) -> None:
         for zone, generated, *expected in CUTOFFS:
