@@ -956,7 +956,8 @@ class Broker:
         name = request.app = self.app_of(query.get("client_id", ""))
         self.pause(self.switch("dialog_delay", name))
         word = self.asked_for("dialog_answer", name)
-        if not name or query.get("redirect_uri") != self.switch("redirect_uri", name):
+        sent = query.get("redirect_uri"), query.get("response_type")
+        if not name or sent != (self.switch("redirect_uri", name), "code"):
             return self.error("UDAPI100068")
         if word == "direct":
             return self.send_back(name, query.get("state"))
