@@ -2845,7 +2845,7 @@ class ReadinessTest(Case):
 
     def test_lines(self) -> None:
         ready = functools.partial(self.world, 2, NOON, notifier_url=NOTIFIER)
-        for offset in (19, -19):
+        for offset in (20, -20):
             world = ready(clock_offset=offset)
             self.check(world)
             self.assertFalse(world.db.exists())
@@ -2853,7 +2853,7 @@ class ReadinessTest(Case):
         self.check(world)
         world.seed_guide()
         self.check(world)
-        self.check(ready(clock_offset=22), clock=OFF.format("22 s behind"))
+        self.check(ready(clock_offset=21), clock=OFF.format("21 s behind"))
         world = ready(by_app={"WEBSOCKET1": {"dialog_answer": "100068"}})
         self.check(world, WEBSOCKET1=UNREGISTERED)
         world.write_env(UPSTOX_REDIRECT_URI="http://localhost/other")
