@@ -2476,6 +2476,8 @@ class StoredConfigTest(Case):
         copied = (f"Copied {', '.join(APPS)} into upstox_api_configs of {world.db}. Set "
                   "UPSTOX_CONFIG_SOURCE=DB to use them.\n")
         for told in (f"created the database {world.db}\n", ""):
+            if not told:
+                world.sql(UPDATE + "api_index = 9 WHERE api_index = 5")
             self.assertEqual(world.call("--import-config"), (0, copied, told))
             self.assertEqual(world.rows(table="upstox_api_configs"), [
                 {"api_index": index, "api_name": name, "client_id": client_id,
