@@ -1946,8 +1946,9 @@ class AnswerTest(Case):
         rows: list[tuple[str, Reply | str]] = [
             ("VALID", Reply(200, PROOF)), ("INVALID (401)", "401"),
             ("INVALID (401)", Reply(401, PROOF)), ("UNKNOWN (403)", Reply(403, PROOF)),
-            ("UNKNOWN (404)", "100060"), ("UNKNOWN (429)", "429"), ("UNKNOWN (500)", "500"),
-            ("UNKNOWN (503)", "503"), ("UNKNOWN (no connection)", "reset"),
+            ("UNKNOWN (400)", Reply(400)), ("UNKNOWN (404)", "100060"), ("UNKNOWN (429)", "429"),
+            ("UNKNOWN (500)", "500"), ("UNKNOWN (503)", "503"),
+            ("UNKNOWN (no connection)", "reset"),
             ("UNKNOWN (timeout)", "hang"), ("UNKNOWN (timeout)", "drip"),
             *(("UNKNOWN (unexpected answer)", answer) for answer in (
                 *NONSENSE, Reply(201, PROOF), json_reply({"status": "error", "data": None}),
