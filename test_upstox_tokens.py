@@ -2665,11 +2665,14 @@ class DatabaseTest(Case):
                     world.folder.chmod(folder_mode)
                     self.assertEqual(world.call("--status"), (1, GUIDE, ""))
                     done = world.call("--mode", "ALL")
+                    new = world.call("--import-config", "--db", world.folder / "new.db")
                     world.folder.chmod(0o700)
                     world.db.chmod(0)
                     closed = world.call("--status").err
             self.assertEqual((done.code, done.out, world.broker.count("dialog")), (2, "", 0))
             self.assertIn(f"error: {said.format(world.db)}", done.err)
+            self.assertEqual((new.code, "new.db cannot be created: Permission denied." in new.err),
+                             (2, True) if folder_mode == 0o500 else (0, False))
             self.assertIn(f"error: The database {world.db} cannot be opened. Check that ", closed)
 
 
