@@ -4758,6 +4758,8 @@ class PhoneRunTest(PhoneCase):
         done = self.run_v3(world, "--wait", "0.05")
         self.assertEqual((done.code, len(world.tokens())), (1, 5), done.err)
         self.assertIn("OPTIONCHAIN2: failed: not approved in time", done.out)
+        world.broker.switches.by_app = {"OPTIONCHAIN2": {"v3_answer": "UDAPI1155"}}
+        world.call("--mode", "PARTIAL", "--apis", "OPTIONCHAIN2", "--flow", "V3")
         self.approve(world, "OPTIONCHAIN2")
         self.assertEqual(len(world.ask().json["valid"]), 6)
         world.broker.switches.by_app = approvals(0)
