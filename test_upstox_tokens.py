@@ -2821,6 +2821,8 @@ class HoldTest(Case):
         holder.kill()
         holder.wait()
         self.assertEqual(world.call("--mode", "ALL").code, 1)
+        opened = {os.path.realpath(path) for path in Path("/proc/self/fd").glob("*")}
+        self.assertNotIn(f"{world.db}.upstox-lock", opened)
 
     @unittest.skipIf(sys.platform == "win32", "fcntl is POSIX")
     def test_lock_that_cannot_be_had(self) -> None:
