@@ -4717,8 +4717,10 @@ class PhoneRunTest(PhoneCase):
         world = self.world(notifier_shown=other, by_app={"PRIMARY": {"v3_answer": "UDAPI1157"}} | {
             name: {"approve_after": 0.1} for name in TWO})
         world.seed_guide()
-        before = world.tokens()
+        before, end = world.tokens(), time.time() + 1.8
         done = self.run_v3(world, "--wait", "0.03")
+        ends = "|".join(local_text(moment)[11:16] for moment in (end, time.time()))
+        self.assertRegex(done.err, f"WEBSOCKET1: waiting for approval on the phone until ({ends})")
         self.assertEqual(done.code, 1)
         self.assertIn("Warning: the broker will deliver to https://other.example.com/[hidden], not "
                       "to UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them", done.err)
