@@ -4669,6 +4669,7 @@ class PhoneRunTest(PhoneCase):
         self.assertCountEqual(
             [(row["api_name"], row["source"], row["flow"]) for row in world.audit_rows()
              if row["outcome"] == "GENERATED"], [(name, "WEBHOOK", "V3") for name in APPS])
+        self.assertEqual(self.run_v3(world, "-q"), (0, "", ""))
 
     def test_what_cannot_be_noted_is_not_asked_for(self) -> None:
         world = self.world(apps=1)
