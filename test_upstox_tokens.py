@@ -4852,6 +4852,11 @@ class DeliveryTest(PhoneCase):
             self.assertEqual(world.ended()["state"], "DONE")
             world.sql("DELETE FROM upstox_tokens")
             self.request(world, "PRIMARY")
+        world.sql(f"""INSERT INTO upstox_token_audit
+            (at, run_id, api_name, source, flow, outcome, user_id) VALUES
+            (1, 'r', 'WEBSOCKET2', 'CLI', 'SELENIUM', 'GENERATED', '{OTHER}')""")
+        self.deliver(world, body := foreign())
+        self.stored(world, body)
 
     def test_replay_and_deadline(self) -> None:
         """An old delivery again, with and without a request outstanding; a late one.
