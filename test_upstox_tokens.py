@@ -4880,8 +4880,9 @@ class DeliveryTest(PhoneCase):
         self.assertIn("stored already", self.refused(world, old))
         self.assertEqual(world.job()["results"][0]["state"], "RUNNING")
         approve(int)
-        more = world.broker.delivery("PRIMARY")
+        more, asked = world.broker.delivery("PRIMARY"), world.broker.count("profile")
         self.assertIn("nothing was asked for", self.refused(world, more))
+        self.assertEqual(world.broker.count("profile"), asked)
         world.broker.switches.v3_answer = "UDAPI1155"
         self.request(world, "PRIMARY")
         self.assertIn("nothing was asked for", self.refused(world, more))
