@@ -2095,7 +2095,7 @@ RUNS = [
     ran("", "WEBSOCKET1", answers=[
         "3", "", ",", "0", "7", "FOO", "PRIMARY,FOO", "1.5", "-1", "\u0661", "2"]),
     *(Ran("", 1, f"{GUIDE}{MENU}…{ABORTED}", answers=answers)
-      for answers in (["Q"], [" 4 "], [], ["3"], ["3", "FOO"], ["3", "q"])),
+      for answers in (["Q"], [" 4 "], [], ["3"], ["3", "FOO"], ["3", "Q", "1"])),
     Ran("", 0, f"{ALL_VALID}{MENU}{ABORTED}", answers=["4"], seed=World.seed_valid),
     # numbers count the configured apps
     Ran("", 1, "…1. PRIMARY\n2 is not one of PRIMARY.\nWEBSOCKET1 is not one of PRIMARY.\n…",
