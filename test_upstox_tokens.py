@@ -2914,6 +2914,8 @@ class UsageTest(Case):
             self.assertEqual((done.code, done.out), (2, ""))
             self.assertRegex(done.err + stream.getvalue(), rf"error: {row[1]}\n\Z")
         self.table(work, USAGE.items())
+        done = world.call(*"--status --wait 1440 --headed".split(), WAYLAND_DISPLAY="wayland-0")
+        self.assertEqual((done.code, done.err), (1, ""))
         self.assertEqual((world.broker.requests, world.snapshot()), ([], before))
 
     def test_version_and_help(self) -> None:
@@ -2933,6 +2935,7 @@ class UsageTest(Case):
                   "CAPTCHA_HEADED_SECONDS": 300, "PROFILE_SECONDS": 10, "EXCHANGE_SECONDS": 30,
                   "READ_SECONDS": 10, "PROOF_SECONDS": 30, "STORE_SECONDS": 60}
         self.assertEqual({name: getattr(upstox_tokens, name) for name in limits}, limits)
+        self.assertEqual(upstox_tokens.build_parser().parse_args([]).wait, 15)
 
 
 @unittest.skipIf(sys.platform == "win32", "a POSIX shell's doing")
