@@ -2168,6 +2168,8 @@ class RunTest(Case):
         world = self.world(notifier_url=NOTIFIER)
         world.seed_valid()
         world.sql("INSERT INTO upstox_tokens (api_name) VALUES ('LEGACY')")
+        self.assertEqual(world.call("--mode", "INVALID_ONLY"), (
+            0, ALL_VALID, "Rows of unknown names are left untouched: LEGACY\n"))
         self.assertEqual(world.call("--check", "--flow", "V3", "-q"), (0, "", ""))
         remember(world, "PIN_SENT")  # a hold
         for argv in (["--status"], ["--mode", "INVALID_ONLY"], ["--import-config"]):
