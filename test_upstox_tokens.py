@@ -2175,6 +2175,9 @@ class RunTest(Case):
         for argv in (["--status"], ["--mode", "INVALID_ONLY"], ["--import-config"]):
             with self.subTest(argv):
                 self.assertEqual(world.call(*argv, "-q"), (0, "", ""))
+        for flow, answers in (("SELENIUM", ["2"]), ("V3", ["3", "1"])):
+            world.call("--flow", flow, "--wait", "0.001", answers=answers)
+            self.assertEqual(len(world.prompts), len(answers), world.prompts)
 
     @unittest.skipIf(sys.platform == "win32", "no such signals")
     def test_signals(self) -> None:
