@@ -2083,8 +2083,8 @@ RUNS = [
     ran("--mode INVALID_ONLY -q", *RENEWED),
     ran("--mode INVALID_ONLY", "WEBSOCKET3", "OPTIONCHAIN2", out=HALF_UNKNOWN,
         before=NO_VERDICT.format(", ".join(ASKED)), switches=REFUSED | {"profile_answer": "429"}),
-    Ran("--mode INVALID_ONLY", 1, ALL_UNKNOWN, NO_VERDICT.format(", ".join(APPS)),
-        seed=World.seed_valid, switches={"profile_answer": "503"}),
+    *(Ran(f"--mode INVALID_ONLY{quiet}", 1, ALL_UNKNOWN, NO_VERDICT.format(", ".join(APPS)),
+          seed=World.seed_valid, switches={"profile_answer": "503"}) for quiet in ("", " -q")),
     Ran("--mode INVALID_ONLY", 0, ALL_VALID, seed=World.seed_valid),
     # the menu
     ran("", *APPS, answers=["1"]), ran("", *RENEWED, answers=[" 2 "]),
