@@ -2871,7 +2871,10 @@ class ReadinessTest(Case):
         self.check(world, WEBSOCKET1=UNREGISTERED)
         world.write_env(UPSTOX_REDIRECT_URI="http://localhost/other")
         self.check(world, PRIMARY=UNREGISTERED, WEBSOCKET1=UNREGISTERED)
-        silent = UNUSABLE.format("no connection")
+        silent, (answer, words) = UNUSABLE.format("no connection"), V3_ERRORS[-1]
+        self.check(ready(by_app={"PRIMARY": {"dialog_answer": answer},
+                                 "WEBSOCKET1": {"dialog_answer": "reset"}}),
+                   PRIMARY=words, WEBSOCKET1=silent)
         world.write_env(UPSTOX_BASE_URL=f"http://127.0.0.1:{free_port()}")
         self.check(world, broker=silent, PRIMARY=silent, WEBSOCKET1=silent,
                    clock="unknown, since the broker did not answer")
