@@ -4001,7 +4001,8 @@ REQUESTS = [  # to a server without a key, whose configuration has no credential
     *(row for said, *names in (["FOO"], ["FOO", "PRIMARY"], ["1"], ["PRIMARY,WEBSOCKET1"], ["x x"])
       for row in posts(400, f"apiNames: {said} is not one of {', '.join(APPS)}",
                        {"mode": "PARTIAL", "apiNames": [*names, said]})),
-    *posts(400, "", *({"mode": "PARTIAL", "apiNames": [name]} for name in ("\ud800", "", "\0"))),
+    *posts(400, "", *({"mode": "PARTIAL", "apiNames": [name]}
+                      for name in ("\ud800", "", "\0", APPS["PRIMARY"][1]))),
     *posts(400, " ".join(f"{key}: is not set; flow SELENIUM needs it." for key in NO_LOGIN),
            {"mode": "ALL"}, {"mode": "PARTIAL", "apiNames": ["PRIMARY"], "flow": "SELENIUM"}),
     *posts(400, "UPSTOX_NOTIFIER_WEBHOOK_URI: is not set; flow V3 needs it.",
