@@ -3017,6 +3017,7 @@ class ModuleTest(Case):
         world.seed_valid("PRIMARY")
         for name, db in (("PRIMARY", world.db), ("primary", str(world.db))):
             self.assertEqual(upstox_tokens.access_token(name, db=db), world.tokens()["PRIMARY"])
+        world.check_said(repr(upstox_tokens.read_tokens(world.db)))
         for name, changes, reason in (
                 ("FOO", {}, "NOT FOUND"), ("WEBSOCKET1", {"is_active": 0}, "INVALID (inactive)"),
                 ("WEBSOCKET2", {"validity_at": local_text(time.time() - 1)}, "EXPIRED"),
@@ -5948,6 +5949,7 @@ class Fuzz:
                                          io.StringIO(), input, upstox_tokens.Browser)
         self.ctx.path = self.path
         self.config = upstox_tokens.load_config(self.ctx, "menu")
+        world.check_said(repr(self.config), repr(self.config.apps))
 
     def env_lines(self, dice: Dice) -> None:
         """Every setting may be broken; what is said of them shows no secret."""
