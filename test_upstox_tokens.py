@@ -4074,6 +4074,7 @@ KEY_ACCESS = [  # a key is set, ORIGIN is listed
     *gets(401, KEY_NO, STATUS, send={"Origin": ORIGIN}, shows={ALLOW: ORIGIN}),  # a page reads why
     *(Asked(f"OPTIONS {path}", 204, "", PREFLIGHT | {"Access-Control-Request-Method": method},
             shows={ALLOW: ORIGIN, "Access-Control-Allow-Methods": method, "Vary": "Origin",
+                   "Access-Control-Allow-Private-Network": "true",
                    "Access-Control-Allow-Headers": "Authorization, Content-Type"})
       for path, method in ((STATUS, "GET"), (GENERATE, "POST"), (LATEST, "GET"))),
     *(Asked(f"OPTIONS {path}", 403, ORIGIN_NO, PREFLIGHT | {"Origin": VITE}, shows={ALLOW: None})
