@@ -2784,6 +2784,17 @@ class HoldTest(Case):
                              (code == 1, code == 1))
             self.assertEqual(world.call("--mode", "ALL").code, code)
 
+    def test_another_hold_meanwhile(self) -> None:
+        """The operator goes ahead only from the one that he was told."""
+        def answers() -> Iterator[str]:
+            yield "1"
+            remember(world, "HOLD", reason="another")
+            yield "y"
+
+        world = self.world(apps=1, moment=NOON, **REFUSED)
+        remember(world, "HOLD")
+        self.assertEqual((world.call(answers=answers()).code, world.audit("HOLD_LIFTED")), (3, []))
+
     def test_last_attempt(self) -> None:
         """The newest ending of each app, whoever ran it; an older table is read and extended."""
         world = self.world(apps=3, moment=NOON, **REFUSED)
