@@ -4736,6 +4736,15 @@ class PhoneRunTest(PhoneCase):
         self.table(work, V3_ERRORS)
         self.assertEqual(world.rows(), [])
 
+    @unittest.skipIf(sys.platform == "win32", "no pseudo-terminals")
+    def test_countdown_on_a_terminal(self) -> None:
+        """In place; what comes after it has a line of its own."""
+        world, (terminal, end) = self.world(apps=1), os.openpty()
+        world.finish(world.start("--mode", "ALL", "--flow", "V3", "--wait", "0.03", "--serve",
+                                 self.place(world), stderr=end))
+        said = os.read(terminal, 65536).decode()
+        self.assertRegex(said, r"\n(\r\x1b\[Kwaiting [^\r\n]+){2,}\r\n\[1/1\] PRIMARY: not appr")
+
     def test_one_failure_stops_nobody_else(self) -> None:
         """One app has expired, two are approved, others not in time; another notifier is told."""
         other = f"https://other.example.com/{APPS['PRIMARY'][1]}"
