@@ -3489,7 +3489,7 @@ class PinTest(LoginCase):
          1, 1),
         ({"pin_autosubmit": 0, "by_script": True, "pin_answer": DEVANAGARI},
          f'PIN.*"{DEVANAGARI[:30]}', False, 1, 1),
-        ({"pin_answer": "1017600"}, "request was refused.*PIN had been sent", False, 1, 1),
+        ({"pin_answer": "Resend your request [1017600]"}, r"Resend.*\. The PIN had", False, 1, 1),
         ({"pin_answer": "1017079"}, "session.*PIN had been sent", False, 1, 1),
         ({"pin_answer": WRONG_PIN}, "refused the PIN .*UPSTOX_PIN", True, 3, 1),
         ({"pin_answer": f"Invalid PIN {PIN}. Try again"}, "refused the PIN .*UPSTOX_PIN", True, 3,
