@@ -167,7 +167,7 @@ API_ERRORS = {  # code: (HTTP status, message)
 # What one wrong OTP or PIN is really answered is not known: these two codes and texts are invented.
 WRONG_OTP, WRONG_PIN = "1017071", "1017089"
 PAGE_ERRORS = {
-    "1017007": "Your session is no longer valid, please start again.",
+    "1017007": "Your session is invalid, please start again.",
     "1017016": "You have entered a invalid mobile number please enter the correct mobile number",
     "1017069": "You have exceeded the maximum number of times you can generate an OTP. "
                "Kindly, try again after 10 mins.",
@@ -3490,7 +3490,8 @@ class PinTest(LoginCase):
         ({"pin_autosubmit": 0, "by_script": True, "pin_answer": DEVANAGARI},
          f'PIN.*"{DEVANAGARI[:30]}', False, 1, 1),
         ({"pin_answer": "Resend your request [1017600]"}, r"Resend.*\. The PIN had", False, 1, 1),
-        ({"pin_answer": "1017079"}, "session.*PIN had been sent", False, 1, 1),
+        ({"pin_answer": "1017079"}, r"session\. The PIN had been sent", False, 1, 1),
+        ({"pin_answer": "1017007"}, r"session\. The PIN had been sent", False, 1, 1),
         ({"pin_answer": WRONG_PIN}, "refused the PIN .*UPSTOX_PIN", True, 3, 1),
         ({"pin_answer": f"Invalid PIN {PIN}. Try again"}, "refused the PIN .*UPSTOX_PIN", True, 3,
          1),
@@ -3506,7 +3507,6 @@ class PinTest(LoginCase):
         ({"pin_answer": DEVANAGARI + "[1017601]"}, f"{DEVANAGARI[:30]}.*PIN had been", False, 1, 1),
         ({"clears": "pinCode"}, "PIN", False, 1, 0),
         ({"pin_answer": "something_went_wrong"}, "something went wrong.*PIN had been", False, 1, 1),
-        ({"pin_answer": "1017007"}, "session.*PIN had been sent", False, 1, 1),
         ({"pin_answer": "dormant"}, "dormant.*PIN had been sent", False, 1, 1),
         ({"pin_answer": "foreign"}, "login.upst0x.localhost", False, 3, 1),
         ({"pin_answer": "terms"}, "not know.*We have updated our terms", False, 3, 1),
