@@ -3343,6 +3343,8 @@ LOGINS: list[Any] = [
     slow(Login({"mobile_answer": "1017074"}, 3, ["several accounts"], (1, 0, 0))),
     slow(Login({"otp_answer": "1017078"}, 1, ["blocked.*10 minutes", "not tried"], (1, 1, 0))),
     Login({"otp_answer": "1017125"}, 1, ["blocked.*10 minutes", "not tried"], (1, 1, 0)),
+    Login({"mobile_answer": "Not served [1017555]"}, 3, ["Not served.*MOBILE_NUMBER"], (1, 0, 0)),
+    Login({"mobile_answer": DEVANAGARI}, 1, ["did not go on", "not tried"], (1, 0, 0)),
     # what holds for one app does not
     slow(Login({"otp_answer": ["1017076"]}, 1, ["session", "", ""], (2, 2, 2))),
     Login({"by_app": {name: {"dialog_answer": answer} for name, answer in
