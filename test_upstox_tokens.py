@@ -3348,9 +3348,10 @@ LOGINS: list[Any] = [
     # what holds for one app does not
     slow(Login({"otp_answer": ["1017076"]}, 1, ["session", "", ""], (2, 2, 2))),
     Login({"by_app": {name: {"dialog_answer": answer} for name, answer in
-                      zip(APPS, ("100068", "100073", "500", "429"))}}, 1,
-          ["client_id.*redirect_uri.*UDAPI100068", "inactive", "UDAPI100500", "UDAPI10005", ""],
-          (1, 1, 1)),
+                      zip(APPS, ("100068", "100073", "500", "429"))},
+           "token_answer": ["", json_reply(user_data(USER_ID) | {"access_token": "two words"})]}, 1,
+          ["client_id.*redirect_uri.*UDAPI100068", "inactive", "UDAPI100500", "UDAPI10005", "",
+           "answer"], (1, 1, 2)),
     Login({"dialog_answer": json_reply({"errors": [{"errorCode": "UDAPI100068"}]}, 200)}, 1,
           ["client_id.*UDAPI100068"] * 2, (0, 0, 0), 0),
     Login({"redirect_state": ["other", "missing", "no_code"],
