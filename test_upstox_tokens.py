@@ -3549,7 +3549,8 @@ class PinTest(LoginCase):
         world = self.world(3, moment=NOON, pin_answer="1017999")
         remember(world, PROVEN)
         for answers, pins in ((["2"], 1), (["2", "perhaps"], 1), (["2", "y"], 2)):
-            done = world.call(answers=answers, DISPLAY=":0")  # a window is for CAPTCHAs only
+            # a window is for CAPTCHAs only; a folder for pictures cannot be made there
+            done = world.call("--debug-dir", world.db, answers=answers, DISPLAY=":0")
             self.assertEqual((done.code, world.sent()[2]), (3, pins), done.out)
             self.assertRegex(world.prompts[-1], "on hold: .*PIN" if answers[1:] else "^Choice")
             self.assertNotIn("Aborted", done.out)
