@@ -4579,6 +4579,7 @@ class BrowserJobTest(BrowserCase, WebCase):
             self.assertRegex(waiting["message"], "PRIMARY.*CAPTCHA")
             self.assertEqual(world.sent(), (0, 0, 0))
             world.broker.captcha_solved.set()
+            world.until(lambda: world.job(job)["state"] == "RUNNING")
             self.assertEqual(world.ended(job)["state"], "DONE")
             self.assertEqual(world.ask().json["valid"], ["PRIMARY", "WEBSOCKET1"])
             world.stop()
