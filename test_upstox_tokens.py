@@ -3617,6 +3617,19 @@ class CheckTest(LoginCase):
             self.assertEqual((world.sent(), world.snapshot()), ((0, 0, 0), snapshot))
 
 
+    def test_selenium_manager(self) -> None:
+        """Where there is no chromedriver it is asked for one: without statistics or settings."""
+        world = self.world(1)
+        manager, seen = world.folder / "manager", world.folder / "seen"
+        manager.write_text(f'#!/bin/sh\n/usr/bin/env >"{seen}"\nexit 1\n')
+        manager.chmod(0o700)
+        env = dict(line.split("=", 1) for line in (world.folder / ".env").read_text().split())
+        env |= {"PATH": "", "SE_MANAGER_PATH": str(manager)}
+        self.assertRegex(world.process("--check", env=env).out, r"no chromedriver, and none could")
+        self.assertIn("SE_AVOID_STATS=true\n", seen.read_text())
+        self.assertNotIn("UPSTOX_", seen.read_text())
+
+
 class StopTest(LoginCase):
     """Ctrl-C, SIGTERM and kill -9 in the middle of a run."""
 
