@@ -216,7 +216,8 @@ class Switches:
     create_pin: bool = False  # no PIN set yet: the PIN step asks to invent one
 
     # the look of the login page
-    page: str = ""  # blank, loader (never ends), hang (no answer), terms (before the first step)
+    page: str = ""  # blank, loader (never ends), hang (no answer), terms (before the first step),
+    #                 unlock (the account is locked)
     remember: bool = True  # False: every dialog starts at the first step, as in a fresh browser
     lead_phone: bool = False  # starts at the OTP step with an OTP request of its own
     stale_identity: bool = False  # the remembered login has run out: the PIN step falls back
@@ -605,6 +606,7 @@ async function start() {
   await fetch("/config.json").catch(() => null);
   if (!CFG.remember) forget();
   if (CFG.page === "terms") await interlude("terms");
+  if (CFG.page === "unlock") return route("/unlock-account", "Unlock account");
   setInterval(() => state.step === 1 && state.resend > 0 && (state.resend -= 1, refresh()), 1000);
   if (CFG.rerender) setInterval(() => state.step >= 0 && renewNodes(), CFG.rerender);
   if (CFG.foreign) return show(Number(query.get("step")));
@@ -3345,6 +3347,7 @@ LOGINS: list[Any] = [
     Login({"otp_answer": "1017125"}, 1, ["blocked.*10 minutes", "not tried"], (1, 1, 0)),
     Login({"mobile_answer": "Not served [1017555]"}, 3, ["Not served.*MOBILE_NUMBER"], (1, 0, 0)),
     Login({"mobile_answer": DEVANAGARI}, 1, ["did not go on", "not tried"], (1, 0, 0)),
+    Login({"page": "unlock"}, 3, ["account is locked.*Unlock it"], (0, 0, 0), held=True),
     # what holds for one app does not
     slow(Login({"otp_answer": ["1017076"]}, 1, ["session", "", ""], (2, 2, 2))),
     Login({"by_app": {name: {"dialog_answer": answer} for name, answer in
