@@ -2481,7 +2481,9 @@ class StoredConfigTest(Case):
         """Twice the same: the environment's apps, whatever the source; a new file is 0600."""
         world = self.world(moment=NOON, env={"UPSTOX_CONFIG_SOURCE": "DB",
                                              "UPSTOX_CLIENT_SECRET_5": "'a#\"b'"})
-        copied = (f"Copied {', '.join(APPS)} into upstox_api_configs of {world.db}. Set "
+        world.names.reverse()
+        world.write_env()
+        copied = (f"Copied {', '.join(world.names)} into upstox_api_configs of {world.db}. Set "
                   "UPSTOX_CONFIG_SOURCE=DB to use them.\n")
         for told in (f"created the database {world.db}\n", ""):
             if not told:
@@ -2492,7 +2494,7 @@ class StoredConfigTest(Case):
                  "client_secret": secret if index < 5 else 'a#"b', "redirect_uri": REDIRECT_URI,
                  "is_primary": int(name == "PRIMARY"), "is_enabled": 1,
                  "created_at": int(NOON * 1000), "updated_at": int(NOON * 1000)}
-                for index, (name, (client_id, secret)) in enumerate(APPS.items())])
+                for index, (name, (client_id, secret)) in enumerate(reversed(APPS.items()))])
         schema = world.rows("sql", "sqlite_master WHERE name = 'upstox_api_configs'")[0]["sql"]
         self.assertEqual((schema.split(), stat.S_IMODE(world.db.stat().st_mode)),
                          (CONFIGS_DDL.split(), 0o600))
