@@ -4956,15 +4956,16 @@ class DeliveryTest(PhoneCase):
             world = self.served(seed=World.seed_valid, apps=1, limits=limits)
             self.request(world, "PRIMARY")
             before, body = world.tokens(), world.broker.delivery("PRIMARY")
-            known = world.log.stat().st_size
+            known, asked = world.log.stat().st_size, world.broker.count("profile")
             with self.away(world, fault):
                 self.deliver(world, body)
                 told = world.until(lambda: world.log.read_text()[known:])
                 self.assertIn("PRIMARY: ", told)
+                world.until(lambda: fault != "503" or world.broker.count("profile") > asked + 1)
             self.assertEqual(world.tokens(), before)
             self.stored(world, body)
             self.assertEqual(world.ended()["state"], "DONE")
-            world.stop()
+            self.assertEqual(world.stop().count("trying again"), 1)
 
         self.table(work, ("503", "locked", "moved", *map(slow, ("html", "429", "reset", "hang"))),
                    workers=3)
