@@ -3347,7 +3347,8 @@ LOGINS: list[Any] = [
     slow(Login({"mobile_answer": "1017074"}, 3, ["several accounts"], (1, 0, 0))),
     slow(Login({"otp_answer": "1017078"}, 1, ["blocked.*10 minutes", "not tried"], (1, 1, 0))),
     Login({"otp_answer": "1017125"}, 1, ["blocked.*10 minutes", "not tried"], (1, 1, 0)),
-    Login({"mobile_answer": "Not served [1017555]"}, 3, ["Not served.*MOBILE_NUMBER"], (1, 0, 0)),
+    Login({"mobile_answer": f"{MOBILE} is barred [1017555]"}, 3, ["barred.*MOBILE_NUMBER"],
+          (1, 0, 0)),
     Login({"mobile_answer": DEVANAGARI}, 1, ["did not go on", "not tried"], (1, 0, 0)),
     Login({"page": "unlock"}, 3, ["account is locked.*Unlock it"], (0, 0, 0), held=True),
     # what holds for one app does not
