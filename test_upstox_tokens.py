@@ -44,8 +44,8 @@ What is known of the broker -> the switch that shows it ("always": without one)
 
 Nobody has seen these; a changed page, or a stranger in between, would look like it: rename,
 page="terms", the answers terms, consent, silent and foreign, leave_on_input, clears,
-pin_autosubmit, jam, by_script, unguarded, counter, keep_hidden_inputs, rewritten, hooks, down, and
-the API's hang, drip, endless and gzip.
+pin_autosubmit, jam, hops, by_script, unguarded, counter, keep_hidden_inputs, rewritten, hooks,
+down, and the API's hang, drip, endless and gzip.
 
 Known facts without a switch: the old login hosts and forms, Android and iOS pages, the QR login
 itself, accounts of several people, extended and analytics tokens, sandbox, logout, static IP rules,
@@ -234,7 +234,9 @@ class Switches:
     otp_autosubmit: int | None = None  # the sixth digit submits the form, this many ms later
     pin_autosubmit: int | None = None
     jam: int = 0  # ms of hard work of the page's scripts, soon after a field is complete
-    by_script: bool = False  # its forms are never submitted: a script sends what they hold
+    hops: int = 1  # timers, one after the other, until a field submits by itself
+    by_script: bool | str = False  # its forms are never submitted: a script sends what they hold;
+    #                                form: they are besides, by a script, which fires no event
     unguarded: bool = False  # the page would send again what it is sending already
     counter: int | None = None  # a line that counts, every so many ms, stands beside the PIN
     clears: str = ""  # id of a field that empties itself once it is complete
@@ -271,8 +273,8 @@ class Switches:
 PAGE_SWITCHES = (  # what the login page itself has to know
     "page", "remember", "lead_phone", "otp_mask", "otp_button_always_enabled", "rename", "spinner",
     "keep_hidden_inputs", "toast_ms", "captcha", "captcha_form", "otp_autosubmit", "pin_autosubmit",
-    "jam", "by_script", "unguarded", "counter", "clears", "rerender", "leave_on_input", "hooks",
-    "late_name")
+    "jam", "hops", "by_script", "unguarded", "counter", "clears", "rerender",
+    "leave_on_input", "hooks", "late_name")
 
 BLANK_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Login to Upstox</title></head>
@@ -514,6 +516,7 @@ document.addEventListener("submit", event => {
   if (!state.busy && SUBMIT[event.target.id]) SUBMIT[event.target.id]();
 });
 function submit(form) {
+  if (CFG.by_script === "form") Object.assign(form, {method: "post", action: "/heard"}).submit();
   if (!CFG.by_script) form.requestSubmit(); else if (!state.busy) SUBMIT[form.id]();
 }
 document.addEventListener("input", ({target}) => {
@@ -527,6 +530,9 @@ document.addEventListener("input", ({target}) => {
   refresh();
   if (digits.length === (name === "mobileNum" ? 10 : 6)) complete(name);
 });
+function hop(hops, wait, done) {
+  setTimeout(() => hops > 1 ? hop(hops - 1, wait, done) : done(), wait);
+}
 function complete(name) {
   const {step} = state, wait = {otpNum: CFG.otp_autosubmit, pinCode: CFG.pin_autosubmit}[name];
   const clear = () => {
@@ -541,11 +547,11 @@ function complete(name) {
     document.querySelector("h2").textContent = `Hi ${profile().firstName}`;
   }, CFG.late_name);
   if (wait == null) return clear();
-  setTimeout(() => {
+  hop(CFG.hops, wait / CFG.hops, () => {
     if (state.busy || state.step !== step) return;
     if (state[name].length === 6) submit($(name).form);
     clear();
-  }, wait);
+  });
 }
 document.addEventListener("click", ({target}) => {
   if (target.type === "button" && !target.disabled) submit(target.form);
@@ -1096,7 +1102,7 @@ class Broker:
 
     def on_heard(self, request: Request) -> Reply:
         self.heard.append(request.body.decode())
-        return json_reply({})
+        return Reply(204)
 
     def on_turnstile(self, request: Request) -> Reply:
         return html_reply(TURNSTILE_PAGE)
@@ -3102,7 +3108,7 @@ sys.exit(f'ended with {codes}' if any(codes) else 0)"""
         text = PROGRAM.read_text(encoding="utf-8")
         lengths = {node.name: node.end_lineno - node.lineno + 1
                    for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)}
-        self.assertLessEqual(len(text.splitlines()), 3420)
+        self.assertLessEqual(len(text.splitlines()), 3440)
         self.assertLessEqual(max(map(len, text.splitlines())), 120)
         self.assertEqual({name: lines for name, lines in lengths.items() if lines > 45}, {})
 
@@ -3271,9 +3277,11 @@ class VariantTest(BrowserCase):
         ({"clock_offset": -19, "page_delay": 0.5}, [
             {}, {"stale_identity": True}, {"redirect_delay": 1, "pin_autosubmit": 150},
             {"step_delay": 2, "spinner": 1500}, {"dialog_answer": "direct"}], (2, 2, 4)),
-        ({"unguarded": True, "step_delay": 0.6, "otp_autosubmit": 0, "pin_autosubmit": 0,
-          "rewritten": True}, [{}], (1, 1, 1)),
+        ({"unguarded": True, "step_delay": 0.6, "otp_autosubmit": 150, "pin_autosubmit": 150,
+          "hops": 5, "jam": 500, "rewritten": True}, [{}], (1, 1, 1)),
         ({"unguarded": True, "step_delay": 0.6, "by_script": True}, [{}], (1, 1, 1)),
+        ({"unguarded": True, "step_delay": 0.6, "by_script": "form", "otp_autosubmit": 0,
+          "pin_autosubmit": 0}, [{}], (1, 1, 1)),
         ({}, [{"late_name": 150}, {"late_name": 0}, {"counter": 50}], (1, 1, 3)),
         ({"captcha": 0.3, "remember": False}, [
             {"captcha_form": "page"}, {"captcha_form": "explicit"}, {"captcha_form": "frame"}],
@@ -3496,7 +3504,8 @@ class PinTest(LoginCase):
         ({"clears": "pinCode", "pin_autosubmit": 0, "pin_answer": "silent"}, "PIN", False, 1, 1),
         ({"pin_autosubmit": 150, "jam": 500, "pin_answer": "1017999"}, "something went wrong", False,
          1, 1),
-        ({"pin_autosubmit": 0, "by_script": True, "pin_answer": DEVANAGARI},
+        ({"pin_autosubmit": 0, "by_script": True, "pin_answer": "silent"}, "PIN", False, 1, 1),
+        ({"pin_autosubmit": 0, "by_script": True, "unguarded": True, "pin_answer": DEVANAGARI},
          f'PIN.*"{DEVANAGARI[:30]}', False, 1, 1),
         ({"pin_answer": "Resend your request [1017600]"}, r"Resend.*\. The PIN had", False, 1, 1),
         ({"pin_answer": "1017079"}, r"session\. The PIN had been sent", False, 1, 1),
@@ -3563,6 +3572,27 @@ class PinTest(LoginCase):
         self.assertEqual(world.call(answers=["2"]).code, 3)  # asked, and Ctrl-D
         self.assertEqual((len(world.prompts), world.sent()[2]), (2, 2))
         self.check_nothing_tried(world)
+
+    def test_database_locked_while_judged(self) -> None:
+        """What became of the PIN is noted as soon as the database takes it again."""
+        def release() -> None:
+            world.until(lambda: "the audit row was not written" in world.err.getvalue())
+            other.rollback()
+
+        for answer in ("", WRONG_PIN):
+            world = self.world(1, moment=NOON, pin_answer=answer)
+            remember(world, PROVEN)
+            other = sqlite3.connect(world.db, isolation_level=None, check_same_thread=False)
+            world.broker.acts["pin"] = lambda _: other.execute("BEGIN IMMEDIATE")
+            with (contextlib.closing(other), meanwhile(release),
+                  mock.patch.multiple(upstox_tokens, READ_SECONDS=0.2)):
+                done = world.call("--mode", "ALL")
+            self.assertEqual((done.code, world.sent()[2]), (3 if answer else 0, 1), done.err)
+            if answer:
+                self.check_nothing_tried(world)
+            else:
+                self.assertEqual(world.audit()[-2:], [
+                    ("PRIMARY", "PIN_TAKEN"), ("PRIMARY", "GENERATED")])
 
     def test_page_that_submits_before_the_press(self) -> None:
         """By itself, just after it was looked at."""
@@ -3778,6 +3808,15 @@ class MemoryTest(LoginCase):
         waits = re.findall(r"PRIMARY: next TOTP code in (\d+) s\n", done.err)
         self.assertEqual(waits, ["4"], "once, where no terminal is")
 
+    def test_slow_database(self) -> None:
+        """A code whose time runs out while it is being noted is not sent."""
+        world = self.world(1, moment=NOON + 20)
+        world.now = world.broker.clock = lambda: world.moment + 8 * len(world.audit("CODE_SENT"))
+        self.assertEqual(world.call("--mode", "ALL").code, 0)
+        self.assertEqual(world.broker.codes, [totp(TOTP_SECRET, NOON + 30)])
+        self.assertEqual([outcome for _, outcome in world.audit()][:4],
+                         ["CODE_SENT", "CODE_NOT_SENT", "CODE_SENT", "CODE_TAKEN"])
+
     def test_travels_with_the_database(self) -> None:
         """An audit table of an older version; a copied file."""
         world = self.world(1, moment=NOON, env={"UPSTOX_PIN": "111222"})
@@ -3792,7 +3831,7 @@ class MemoryTest(LoginCase):
         self.check_nothing_tried(world)
 
     def test_key_that_may_have_gone(self) -> None:
-        """The field is gone after its last digit: that counts as sent, but arrival proves nothing."""
+        """The field went with its last digit: that counts as sent, but arrival proves nothing."""
         class Doubtful(upstox_tokens.Browser):
             def type(self, view: upstox_tokens.View, step: str, keys: str) -> bool:
                 return super().type(view, step, keys) and (step != "pin" or len(keys) > 1)

@@ -1231,17 +1231,22 @@ def totp_wait(now: float, sent: Iterable[int]) -> float:
 
 # ---- The browser: a Chromium of our own, what it sees and types; no decision ---------------------
 
-# one look: the address, the visible fields and buttons of the steps, what else is there, the text. The page is
-# asked to count how often each form was submitted, which may pass between two looks, and to tell when a field
-# has settled: its timers run in their order, so what a busy page was about to do by then is done
+# one look: the address, the visible fields and buttons of the steps, what else is there, the text. The page
+# is asked to count how often a field was submitted, or disabled as one is that a script sends, which may pass
+# between two looks; and to tell when a field has settled: a chain of timers, so that a busy page had its turns
 LOOK = """
 const [ids, captcha, pause] = arguments, root = document.documentElement, key = Symbol.for('upstox_tokens');
 const visible = e => e && e.getClientRects().length && getComputedStyle(e).visibility !== 'hidden';
 if (!root[key]) {  // a page may write itself anew, which ends the listening, too
   const all = root[key] = Object.fromEntries(ids.map(id => [id, {submits: 0}]));
-  addEventListener('submit', ({target: form}) => {
-    for (const {id} of form.elements) if (ids.includes(id)) all[id].submits += 1; }, true);
+  const count = elements => { for (const {id} of elements) if (ids.includes(id)) all[id].submits += 1; };
+  addEventListener('submit', ({target}) => count(target.elements), true);
+  window.navigation?.addEventListener('navigate', e => e.formData && count(document.querySelectorAll('input')));
+  new MutationObserver(changes => count(changes.map(({target}) => target).filter(e => e.disabled)))
+    .observe(root, {subtree: true, attributeFilter: ['disabled']});
 }
+const settle = (kept, links) => { kept.timer = setTimeout(() => {
+  if (links > 1) settle(kept, links - 1); else kept.settled = true; }, pause / 5); };
 const items = {};
 for (const id of ids) {
   const e = document.getElementById(id), kept = root[key][id];
@@ -1249,8 +1254,8 @@ for (const id of ids) {
   const value = (e.value || '').replace(/[^0-9]/g, '');
   if (kept.digits !== value.length) {
     clearTimeout(kept.timer);
-    Object.assign(kept, {digits: value.length, settled: false,
-      timer: setTimeout(() => { kept.settled = true; }, pause)});
+    Object.assign(kept, {digits: value.length, settled: false});
+    settle(kept, 5);
   }
   items[id] = {...kept, element: e, enabled: !e.disabled && !e.readOnly, value};
 }
@@ -1266,7 +1271,8 @@ return {items, broken: !location.protocol.startsWith('http'),
 PRESS = """
 const [field, e, digits, submits] = arguments, held = field.value.replace(/[^0-9]/g, '').length;
 const submitted = document.documentElement[Symbol.for('upstox_tokens')]?.[field.id].submits !== submits;
-if (submitted || held !== digits || e.disabled || !e.getClientRects().length) return false;
+const off = field.matches(':disabled') || e.matches(':disabled') || !e.getClientRects().length;
+if (submitted || held !== digits || off) return false;
 e.scrollIntoView({block: 'center'});
 const {x, y, width, height} = e.getBoundingClientRect();
 if (!e.contains(document.elementFromPoint(x + width / 2, y + height / 2))) return false;
@@ -1714,8 +1720,7 @@ def press_or_wait(view: View, login: Login, waited: float) -> Move | None:
     if step == "pin" and login.said:
         return None  # an answer, perhaps, so the page has sent it by itself
     if waited > PAGE_SECONDS:
-        raise no_progress(step, f"the page's button stayed disabled or covered after the {ENTRY[step]} was "
-                                "typed.")
+        raise no_progress(step, f"the page's button could not be pressed after the {ENTRY[step]} was typed.")
     if not button["enabled"]:
         return ("captcha" if view.captcha else "wait"), ""
     watched = field["settled"] or step not in EVENTS or step in login.run.by_hand
@@ -1810,6 +1815,7 @@ class Run:
         self.by_hand: set[str] = set()  # steps whose page was seen not to submit by itself
         self.operator = self.captcha = self.ended = False
         self.problem = ""  # what ended the run itself
+        self.unwritten: list[Mapping[str, Any]] = []  # what must be remembered and could not be noted yet
 
     def show(self, name: str, text: str, left: float | None = None) -> None:
         """A line as `[2/6] WEBSOCKET1: PIN sent`, or a wait of `left` more seconds; REST asks for jobs."""
@@ -1840,8 +1846,8 @@ class Run:
     def note(self, name: str, outcome: str, reason: str = "", *, must: bool = False, **memory: Any) -> None:
         """One event into the audit table, with what must be remembered.
 
-        `must`: what follows depends on it, so DatabaseError is raised. All else only explains or loosens: a
-        database that cannot take it now stops nothing.
+        `must`: what follows depends on it, so DatabaseError is raised. Else a database that cannot take it now
+        stops nothing; what must be remembered is then written with the next event.
         """
         if outcome.startswith(("CODE_", "PIN_", "HOLD")):
             memory["credentials"] = credentials_of(self.config)
@@ -1849,11 +1855,14 @@ class Run:
                  "source": self.source, "flow": self.flow, "outcome": outcome,
                  "reason": redact(reason, self.hidden)[:1000] or None, **memory}
         try:
-            with transaction(self.path) as connection:
-                add_event(connection, event)
+            with transaction(self.path, STORE_SECONDS if outcome == "HOLD" else None) as connection:
+                for each in [*self.unwritten, event]:
+                    add_event(connection, each)
+            self.unwritten.clear()
         except DatabaseError as error:
             if must:
                 raise
+            self.unwritten += [event] if memory else []
             self.tell(name, f"the audit row was not written: {error}")
 
     def hold(self) -> str:
@@ -2030,6 +2039,11 @@ class Login:
                             int(now // TOTP_WINDOW))
         return totp_wait(now, {row[0] for row in noted})
 
+    def expired(self) -> bool:
+        """Whether the TOTP code under way has too little time left to be sent."""
+        left = (self.window + 1) * TOTP_WINDOW - self.run.ctx.now()
+        return not TOTP_MARGIN <= left <= TOTP_WINDOW
+
     def make_code(self) -> None:
         """Wait for a window whose code was never sent, and make its TOTP code."""
         import pyotp
@@ -2065,16 +2079,18 @@ class Login:
         """Put a code or PIN on disk as sent, or it is not sent; False when a code's time is over."""
         if hold := self.run.hold():
             raise LoginFailed(f"{hold}. Find out why, then start the menu.", A_PERSON)
-        number = None
-        if step == "otp":
-            number = self.window
-            if self.code_wait() or int(self.run.ctx.now() // TOTP_WINDOW) != number:
-                self.drop_code()
-                return False
+        number = self.window if step == "otp" else None
+        if number and (self.expired() or self.code_wait()):
+            self.drop_code()
+            return False
         try:
             self.run.note(self.app.name, f"{EVENTS[step]}_SENT", must=True, number=number)
         except DatabaseError as error:
             raise LoginFailed(f"nothing is sent that cannot be noted first. {error}", THIS_RUN) from None
+        if number and self.expired():  # the database took its time
+            self.run.note(self.app.name, "CODE_NOT_SENT")
+            self.drop_code()
+            return False
         return True
 
     def try_next_code(self, refusal: LoginFailed) -> None:
@@ -2380,7 +2396,8 @@ def generate_one(run: Run, app: App, browser: Browser) -> str:
         return ""
     except LoginFailed as failure:
         run.captcha |= failure.captcha
-        return end_of_login(run, app, failure, failure.reach)
+        with run.ctx.finish_first():
+            return end_of_login(run, app, failure, failure.reach)
     except DatabaseError as error:  # nothing can be looked up or noted, so nothing more is sent
         return end_of_login(run, app, error, THIS_RUN)
     except Stopped as stop:
