@@ -1974,7 +1974,7 @@ class Login:
             elif verb != "wait":
                 return view, verb, detail
             self.browser.rest(rest)
-            rest = min(rest * 1.1, 0.5)
+            rest = min(rest * 1.2, 0.5)
 
     def mind_captcha(self) -> None:
         """A CAPTCHA belongs to the operator; without a window it can only pass by itself."""
