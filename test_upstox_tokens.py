@@ -3546,8 +3546,10 @@ class PinTest(LoginCase):
         """Three apps and as many unattended runs as dare; `proven`: a login went well before."""
         (switches, words, refused, code, arriving), proven = row
         names = list(APPS)[:4 if proven else 3]
-        by_app = {name: switches for name in names[proven:]}
-        with World(len(names), moment=NOON, by_app=by_app) as world:
+        answer = {key: switches[key] for key in ("pin_answer", "clears") if key in switches}
+        look = {key: switches[key] for key in switches.keys() - answer}  # of the page for all apps
+        by_app = dict.fromkeys(names[proven:], answer)
+        with World(len(names), moment=NOON, by_app=by_app, **look) as world:
             runs = 2 if proven and not refused else 1
             for run in range(1, runs + 1):
                 done = world.call("--mode", "INVALID_ONLY")
