@@ -3984,7 +3984,7 @@ class HeadedTest(LoginCase):
         """Not without a display, nor against the operator's will, and only for what is left; the
         exit code stays the run's.
         """
-        with World(3, moment=NOON, captcha="never", captcha_form=form, by_app={
+        with World(3, moment=NOON, remember=False, captcha="never", captcha_form=form, by_app={
                 "PRIMARY": {"captcha": None}, "WEBSOCKET1": {"profile_answer": "503"}}) as world:
             world.seed_valid("WEBSOCKET1")
             # display, answers, prompts, exit code, browsers in all
