@@ -3498,8 +3498,8 @@ class PinTest(LoginCase):
     # what the page does, what is said of it, whether the PIN was refused in words or the account
     # is locked, exit code while one more unattended try is allowed, PINs that reach the broker
     ANSWERS: list[Any] = [
-        ({"pin_autosubmit": 0, "by_script": True, "pin_answer": "silent"}, "PIN.* said nothing", False,
-         1, 1),
+        ({"pin_autosubmit": 0, "by_script": True, "pin_answer": "silent"}, "PIN.* said nothing",
+         False, 1, 1),
         ({"pin_answer": "consent"}, 'not know.*"Allow access to your account', False, 3, 1),
         ({"clears": "pinCode", "pin_autosubmit": 0, "pin_answer": "silent"}, "PIN", False, 1, 1),
         ({"pin_autosubmit": 0, "by_script": True, "unguarded": True, "pin_answer": DEVANAGARI},
@@ -3513,8 +3513,8 @@ class PinTest(LoginCase):
         ({"pin_answer": "1017090"}, "locked.*Unlock", True, 3, 1),
     ]
     RARE_ANSWERS: list[Any] = [
-        ({"pin_autosubmit": 150, "jam": 500, "pin_answer": "1017999"}, "something went wrong", False,
-         1, 1),
+        ({"pin_autosubmit": 150, "jam": 500, "pin_answer": "1017999"}, "something went wrong",
+         False, 1, 1),
         ({"pin_answer": "1017079"}, r"session\. The PIN had been sent", False, 1, 1),
         ({"pin_answer": WRONG_PIN}, "refused the PIN .*UPSTOX_PIN", True, 3, 1),
         ({"pin_answer": " "}, "PIN.* said nothing", False, 1, 1),  # a toast without words
@@ -3798,8 +3798,8 @@ class MemoryTest(LoginCase):
             self.assertEqual(world.moment, NOON + sent)
 
     def test_overslept(self) -> None:
-        """A machine that sleeps longer than it should wakes up near the end of the next window; a code
-        whose time runs out while it is being noted is not sent.
+        """A machine that sleeps longer than it should wakes up near the end of the next window; a
+        code whose time runs out while it is being noted is not sent.
         """
         world = self.world(1, moment=NOON + 25.5)
         world.now = world.broker.clock = lambda: (
