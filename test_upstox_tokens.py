@@ -3596,6 +3596,19 @@ class PinTest(LoginCase):
                 self.assertEqual(world.audit()[-2:], [
                     ("PRIMARY", "PIN_TAKEN"), ("PRIMARY", "GENERATED")])
 
+    def test_stopped_while_a_picture_is_taken(self) -> None:
+        """Of a PIN that was refused in words: it is on hold all the same."""
+        class Stopping(upstox_tokens.Browser):
+            def evidence(self, *_: object) -> None:
+                signal.raise_signal(signal.SIGTERM)
+
+        world = self.world(2, moment=NOON, pin_answer=WRONG_PIN)
+        remember(world, PROVEN)
+        world.open_browser = Stopping
+        done = world.call("--mode", "ALL", "--debug-dir", world.folder / "pictures")
+        self.assertEqual((done.code, world.audit("HOLD", "FAILED")), (
+            143, [("PRIMARY", "HOLD"), ("PRIMARY", "FAILED")]))
+
     def test_page_that_submits_before_the_press(self) -> None:
         """By itself, just after it was looked at."""
         class Slow(upstox_tokens.Browser):
@@ -3808,7 +3821,13 @@ class MemoryTest(LoginCase):
         def oversleep(seconds: float) -> None:
             world.moment = max(world.moment + seconds, NOON + 58.5)
 
-        world.sleep = oversleep
+        class Patient(upstox_tokens.Browser):
+            """The page's patience would be over by then."""
+
+            clock = staticmethod(
+                lambda: time.monotonic() + 60 * bool(world.audit("CODE_NOT_SENT")))
+
+        world.sleep, world.open_browser = oversleep, Patient
         done = world.call("--mode", "ALL")
         self.assertEqual((done.code, world.broker.codes), (0, [totp(TOTP_SECRET, NOON + 90)]))
         self.assertEqual([outcome for _, outcome in world.audit()][:4],

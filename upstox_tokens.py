@@ -362,7 +362,7 @@ class Context:
 
     @contextlib.contextmanager
     def finish_first(self) -> Iterator[None]:
-        """A token that the broker gives is stored before a signal may end the program."""
+        """What must not be lost, a token or a hold, is stored before a signal may end the program."""
         if not in_main_thread():
             yield
             return
@@ -1232,8 +1232,8 @@ def totp_wait(now: float, sent: Iterable[int]) -> float:
 # ---- The browser: a Chromium of our own, what it sees and types; no decision ---------------------
 
 # one look: the address, the visible fields and buttons of the steps, what else is there, the text. The page
-# is asked to count how often a field was submitted, or disabled as one is that a script sends, which may pass
-# between two looks; and to tell when a field has settled: a chain of timers, so that a busy page had its turns
+# is asked to count how often a field was submitted (a script's submit() only navigates), or disabled as one is
+# that a script sends, between two looks; and when it has settled: a chain of timers, a busy page's turns between
 LOOK = """
 const [ids, captcha, pause] = arguments, root = document.documentElement, key = Symbol.for('upstox_tokens');
 const visible = e => e && e.getClientRects().length && getComputedStyle(e).visibility !== 'hidden';
@@ -1242,8 +1242,8 @@ if (!root[key]) {  // a page may write itself anew, which ends the listening, to
   const count = elements => { for (const {id} of elements) if (ids.includes(id)) all[id].submits += 1; };
   addEventListener('submit', ({target}) => count(target.elements), true);
   window.navigation?.addEventListener('navigate', e => e.formData && count(document.querySelectorAll('input')));
-  new MutationObserver(changes => count(changes.map(({target}) => target).filter(e => e.disabled)))
-    .observe(root, {subtree: true, attributeFilter: ['disabled']});
+  new MutationObserver(seen => count(seen.map(({target}) => target).filter(e => e.disabled || e.readOnly)))
+    .observe(root, {subtree: true, attributeFilter: ['disabled', 'readonly']});
 }
 const settle = (kept, links) => { kept.timer = setTimeout(() => {
   if (links > 1) settle(kept, links - 1); else kept.settled = true; }, pause / 5); };
@@ -1257,7 +1257,7 @@ for (const id of ids) {
     Object.assign(kept, {digits: value.length, settled: false});
     settle(kept, 5);
   }
-  items[id] = {...kept, element: e, enabled: !e.disabled && !e.readOnly, value};
+  items[id] = {...kept, element: e, enabled: !e.matches(':disabled') && !e.readOnly, value};
 }
 const name = e => e.id || `${e.tagName.toLowerCase()} '${(e.innerText || e.name || '').trim().slice(0, 30)}'`;
 const shown = [...document.querySelectorAll('input, select, textarea, button')].filter(visible);
@@ -1270,8 +1270,8 @@ return {items, broken: !location.protocol.startsWith('http'),
 # something covers (a spinner) has to wait, as it would for a person
 PRESS = """
 const [field, e, digits, submits] = arguments, held = field.value.replace(/[^0-9]/g, '').length;
-const submitted = document.documentElement[Symbol.for('upstox_tokens')]?.[field.id].submits !== submits;
-const off = field.matches(':disabled') || e.matches(':disabled') || !e.getClientRects().length;
+const submitted = document.documentElement[Symbol.for('upstox_tokens')]?.[field.id]?.submits !== submits;
+const off = field.matches(':disabled, :read-only') || e.matches(':disabled') || !e.getClientRects().length;
 if (submitted || held !== digits || off) return false;
 e.scrollIntoView({block: 'center'});
 const {x, y, width, height} = e.getBoundingClientRect();
@@ -1545,7 +1545,7 @@ class Browser:
         return self.type(view, step, chord + "a" + Keys.NULL + Keys.BACKSPACE)
 
     def press(self, view: View, step: str, digits: int) -> bool:
-        """Press the step's button if its field still holds so many digits and nothing covers it."""
+        """Press the step's button if its field holds so many digits, unsubmitted, and nothing covers it."""
         field, button = (view.items[name]["element"] for name in STEPS[step])
         with browser_faults():
             return bool(self.driver.execute_script(PRESS, field, button, digits, view.field(step)["submits"]))
@@ -1723,7 +1723,7 @@ def press_or_wait(view: View, login: Login, waited: float) -> Move | None:
         raise no_progress(step, f"the page's button could not be pressed after the {ENTRY[step]} was typed.")
     if not button["enabled"]:
         return ("captcha" if view.captcha else "wait"), ""
-    watched = field["settled"] or step not in EVENTS or step in login.run.by_hand
+    watched = field["settled"] or step in login.run.by_hand
     return ("press" if watched else "wait"), step
 
 
@@ -1812,7 +1812,7 @@ class Run:
         self.apps: list[App] = []
         self.progress: dict[str, tuple[str, str]] = {}
         self.waiting = ""  # what a person has to do now
-        self.by_hand: set[str] = set()  # steps whose page was seen not to submit by itself
+        self.by_hand = {"mobile"}  # steps not watched, or seen not to submit by themselves
         self.operator = self.captcha = self.ended = False
         self.problem = ""  # what ended the run itself
         self.unwritten: list[Mapping[str, Any]] = []  # what must be remembered and could not be noted yet
@@ -1931,7 +1931,7 @@ class Login:
         self.done: list[str] = []  # steps that were taken
         self.sent = ""  # the step whose whole text was typed and which is being judged
         self.whole = False  # its last digit was typed for certain
-        self.pressed, self.submits = False, 0  # its button; the submits of its form before
+        self.pressed, self.submits = False, 0  # its button; how often its field was submitted before
         self.before: str | None = None  # the page's text before that
         self.news: list[str] = []  # what it shows now that it did not show then
         self.said = ""  # the newest line of the page since then
@@ -2040,7 +2040,7 @@ class Login:
         return totp_wait(now, {row[0] for row in noted})
 
     def expired(self) -> bool:
-        """Whether the TOTP code under way has too little time left to be sent."""
+        """Whether the TOTP code under way is none of this moment, or has too little time left."""
         left = (self.window + 1) * TOTP_WINDOW - self.run.ctx.now()
         return not TOTP_MARGIN <= left <= TOTP_WINDOW
 
@@ -2060,6 +2060,7 @@ class Login:
     def finish_entry(self, view: View, step: str) -> None:
         """Type the last digit, which makes the entry whole: a code or PIN is on disk as sent by then."""
         if step in EVENTS and not self.note_sent(step):
+            self.drop_code()
             return
         self.sent, self.pressed, self.submits = step, False, view.field(step)["submits"]
         self.before, self.said = view.text, ""
@@ -2081,7 +2082,6 @@ class Login:
             raise LoginFailed(f"{hold}. Find out why, then start the menu.", A_PERSON)
         number = self.window if step == "otp" else None
         if number and (self.expired() or self.code_wait()):
-            self.drop_code()
             return False
         try:
             self.run.note(self.app.name, f"{EVENTS[step]}_SENT", must=True, number=number)
@@ -2089,7 +2089,6 @@ class Login:
             raise LoginFailed(f"nothing is sent that cannot be noted first. {error}", THIS_RUN) from None
         if number and self.expired():  # the database took its time
             self.run.note(self.app.name, "CODE_NOT_SENT")
-            self.drop_code()
             return False
         return True
 
@@ -2102,12 +2101,12 @@ class Login:
         code = toast(self.news)[1]
         self.old, self.sent = f"[{code}]" if code else self.said, ""
         self.drop_code()
-        self.wait_anew()
 
     def drop_code(self) -> None:
         """Another TOTP code has to be made and typed."""
         del self.texts["otp"]
         self.typed = ""
+        self.wait_anew()
 
 
 def log_in(run: Run, app: App, browser: Browser, again: bool = True) -> str:
@@ -2401,10 +2400,11 @@ def generate_one(run: Run, app: App, browser: Browser) -> str:
     except DatabaseError as error:  # nothing can be looked up or noted, so nothing more is sent
         return end_of_login(run, app, error, THIS_RUN)
     except Stopped as stop:
-        if run.progress[app.name][0] != "DONE":
-            failed = isinstance(stop.__context__, LoginFailed)  # while the signal had to wait
-            text = str(stop.__context__) if failed else "the program was stopped in the middle of this login"
-            run.settle(app.name, "FAILED", text)
+        failure = stop.__context__
+        if isinstance(failure, LoginFailed):  # while the signal had to wait, or its picture was taken
+            end_of_login(run, app, failure, failure.reach)
+        elif run.progress[app.name][0] != "DONE":
+            run.settle(app.name, "FAILED", "the program was stopped in the middle of this login")
         raise
 
 
