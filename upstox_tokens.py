@@ -1245,8 +1245,10 @@ if (!root[key]) {  // a page may write itself anew, which ends the listening, to
   new MutationObserver(seen => count(seen.map(({target}) => target).filter(e => e.disabled || e.readOnly)))
     .observe(root, {subtree: true, attributeFilter: ['disabled', 'readonly']});
 }
-const settle = (kept, links) => { kept.timer = setTimeout(() => {
-  if (links > 1) settle(kept, links - 1); else kept.settled = true; }, pause / 5); };
+const settle = (kept, turns) => {
+  kept.settled = !turns;
+  if (turns) kept.timer = setTimeout(settle, pause / 5, kept, turns - 1);
+};
 const items = {};
 for (const id of ids) {
   const e = document.getElementById(id), kept = root[key][id];
@@ -1254,7 +1256,7 @@ for (const id of ids) {
   const value = (e.value || '').replace(/[^0-9]/g, '');
   if (kept.digits !== value.length) {
     clearTimeout(kept.timer);
-    Object.assign(kept, {digits: value.length, settled: false});
+    kept.digits = value.length;
     settle(kept, 5);
   }
   items[id] = {...kept, element: e, enabled: !e.matches(':disabled') && !e.readOnly, value};
@@ -1862,7 +1864,8 @@ class Run:
         except DatabaseError as error:
             if must:
                 raise
-            self.unwritten += [event] if memory else []
+            if memory:
+                self.unwritten.append(event)
             self.tell(name, f"the audit row was not written: {error}")
 
     def hold(self) -> str:
