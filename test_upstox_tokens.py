@@ -1568,6 +1568,48 @@ class World(contextlib.ExitStack):
         return said
 
 
+class SharedBrowser(upstox_tokens.Browser):
+    """The browser of a table's rows: its Chromium goes on to the next row, without its cookies."""
+
+    idle: list[tuple[Any, Any]] = []
+    lent: list[SharedBrowser] = []
+
+    def start(self) -> None:
+        self.lent.append(self)
+        if not self.idle:
+            return super().start()
+        self.keeper, self.driver = self.idle.pop()
+        bin_folder = self.environ["PATH"].partition(os.pathsep)[0]
+        with Path(bin_folder, "starts").open("a") as starts:  # as note_driver_starts does
+            starts.write("\n")
+        return None
+
+    def close(self) -> None:
+        if self in self.lent:
+            self.lent.remove(self)
+        try:
+            self.driver.command_executor.add_command(
+                "cdp", "POST", "/session/$sessionId/goog/cdp/execute")
+            self.driver.execute("cdp", {"cmd": "Network.clearBrowserCookies", "params": {}})
+            self.driver.get("about:blank")
+        except Exception:  # none was started, or it died
+            return super().close()
+        self.idle.append((self.keeper, self.driver))
+        self.keeper = self.driver = None
+        return None
+
+    @classmethod
+    def end(cls) -> None:
+        """End them; each run must have closed its own."""
+        while cls.idle:
+            browser = upstox_tokens.Browser((), False, {})
+            browser.keeper, browser.driver = cls.idle.pop()
+            browser.close()
+        left, cls.lent = cls.lent, []
+        if left:
+            raise AssertionError("a run did not close its browser")
+
+
 class slow(NamedTuple):
     """A row that only stress runs."""
 
@@ -1625,6 +1667,7 @@ class BrowserCase(Case):
         self.temp = Path(self.enter(tempfile.TemporaryDirectory(prefix="browsers-"))).resolve()
         self.enter(mock.patch.object(tempfile, "tempdir", str(self.temp)))
         self.addCleanup(self.assert_clean)
+        self.addCleanup(SharedBrowser.end)
 
     def assert_clean(self) -> None:
         left = [path for path in self.temp.iterdir() if not path.name.startswith("world-")]
@@ -3309,6 +3352,7 @@ class VariantTest(BrowserCase):
     def log_in(self, row: Any) -> None:
         switches, looks, sent = row
         with World(len(looks), moment=NOON, by_app=dict(zip(APPS, looks)), **switches) as world:
+            world.open_browser = SharedBrowser
             done = world.call("--mode", "ALL")
             valid = summary(**dict.fromkeys(world.names, "VALID"))
             self.assertEqual((done.code, done.out, world.sent()), (0, valid, sent), done.err)
@@ -3436,6 +3480,7 @@ class FailureTest(LoginCase):
     def meet(self, row: Login) -> None:
         apps = len(row.said) + 2 * (row.code == 3)
         with World(apps, moment=NOON, **copy.deepcopy(row.switches)) as world:
+            world.open_browser = SharedBrowser
             old = world.seed_old()
             done = world.call("--mode", "INVALID_ONLY", DISPLAY=":0")
             self.check(world, done, row.code, row.said, row.sent)
@@ -3550,6 +3595,7 @@ class PinTest(LoginCase):
         look = {key: switches[key] for key in switches.keys() - answer}  # of the page for all apps
         by_app = dict.fromkeys(names[proven:], answer)
         with World(len(names), moment=NOON, by_app=by_app, **look) as world:
+            world.open_browser = SharedBrowser
             runs = 2 if proven and not refused else 1
             for run in range(1, runs + 1):
                 done = world.call("--mode", "INVALID_ONLY")
@@ -3654,6 +3700,7 @@ class CheckTest(LoginCase):
     def look(self, row: Any) -> None:
         switches, driver, problems = row
         with World(2, moment=NOON, **switches) as world:
+            world.open_browser = SharedBrowser if driver else upstox_tokens.Browser
             world.seed_valid()
             if not driver:
                 (world.folder / "bin" / "chromedriver").write_text("#!/bin/sh\nexit 1\n")
