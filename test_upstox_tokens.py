@@ -93,6 +93,7 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -5697,16 +5698,17 @@ class PaperBrowser:
 
 def tell_on_paper(world: HostileWorld) -> None:
     """A few runs at full speed; the API is the imitation's, wherever the login page seems to be."""
-    dice, send = world.dice, upstox_tokens.send
+    dice, ask = world.dice, urllib.request.OpenerDirector.open
     place = dice.choice(("here", "here", "upstox.com"))
     if place == "upstox.com":
         world.write_env(UPSTOX_BASE_URL="https://api.upstox.com")
 
-    def send_here(config: upstox_tokens.Config, *given: Any, **named: Any) -> upstox_tokens.Answer:
-        return send(config._replace(base_url=world.broker.api), *given, **named)
+    def ask_here(opener: Any, request: urllib.request.Request, **named: Any) -> Any:
+        request.full_url = request.full_url.replace("https://api.upstox.com", world.broker.api)
+        return ask(opener, request, **named)
 
     world.open_browser = lambda *_: PaperBrowser(world, place)
-    with mock.patch.multiple(upstox_tokens, send=send_here):
+    with mock.patch.object(urllib.request.OpenerDirector, "open", ask_here):
         for _ in range(dice.randrange(1, 5)):
             world.run(*dice.choice([("--mode", "ALL")] * 3 + [("--mode", "ALL", "-q"), ()]))
             world.moment += dice.choice((0, 5, 300, 40000, -100))  # also back
