@@ -922,14 +922,17 @@ def import_apps(path: Path, apps: Iterable[App], now: float) -> None:
 
 
 def stored_apps(path: Path) -> tuple[list[App], list[int]]:
-    """The enabled apps of upstox_api_configs, and the numbers of all its rows."""
+    """The enabled apps of upstox_api_configs; their numbers and those that others keep free."""
     rows = select(path, "SELECT is_enabled, api_index, api_name, client_id, client_secret, redirect_uri "
                         "FROM upstox_api_configs ORDER BY api_index")
     enabled, numbers = [], []
     for is_enabled, index, *fields in rows:
-        numbers.append(index if isinstance(index, int) else -1)
-        if text_of(is_enabled).lower() in ("1", "true"):
-            enabled.append(App(numbers[-1], *map(text_of, fields)))
+        number = index if isinstance(index, int) else -1
+        counts = text_of(is_enabled).lower() in ("1", "true")
+        if counts:
+            enabled.append(App(number, *map(text_of, fields)))
+        if counts or number in range(6):
+            numbers.append(number)
     return enabled, numbers
 
 
@@ -1640,10 +1643,11 @@ def pin_failure(known: str, reach: int, said: str) -> LoginFailed:
     """A PIN that did not lead to a login ends the run, whatever was answered; refused in words: a hold."""
     if reach == A_HOLD:
         return LoginFailed(known, reach)
-    if REFUSAL.search(said) and (not known or "pin" in said.lower()):
+    words = said.lower()  # of the code they may come late
+    if REFUSAL.search(said) and ("pin" in words or not known and "otp" not in words):
         return LoginFailed(f"the broker refused the PIN ({said}). Correct UPSTOX_PIN: five wrong PINs lock "
                            "the account.", A_HOLD)
-    known = known.removesuffix(" Run again.") or f"the login page answered to the PIN: {said}."
+    known = known.removesuffix(" Run again.") or f"after the PIN the login page said: {said}."
     return LoginFailed(f"{known} The PIN had been sent, and whether it was right is not known: look at the "
                        "account in the Upstox app.", max(reach, THIS_RUN))
 
@@ -2930,9 +2934,11 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is everyday life, and no traceback is for the log."""
 
-    def tell(self, text: str) -> None:
-        """A line for the operator; within a command line run -q leaves it out."""
+    def tell(self, text: str, failed: bool = False) -> None:
+        """A line for the operator; within a run with -q only of what failed, at its end."""
         say = self.ctx.inform if self.webhook_only else self.ctx.log
+        if failed and self.webhook_only and self.ctx.kept is not None:
+            say = self.ctx.say
         say(redact(text, self.initial.secrets()))  # a client may send one as its path
 
     def work(self, run: Run) -> None:
@@ -2951,7 +2957,7 @@ class Server(http.server.ThreadingHTTPServer):
             return None  # a stranger's
         refused = f"{app.name}: a delivery was not stored: "
         if isinstance(delivery, str):
-            return self.tell(refused + delivery)
+            return self.tell(refused + delivery, failed=True)
         for pause in (0, 1, 2, 4, 8, 15, 30, 60, 120, 240):
             if pause and self.ctx.stopping.wait(pause):
                 break
@@ -2965,8 +2971,9 @@ class Server(http.server.ThreadingHTTPServer):
                     self.tell(f"{refused}{problem.rstrip('.')}; trying again")
             finally:
                 self.tries += 1
-        stored = f"{app.name}: approved on the phone, token stored"
-        return self.tell(refused + problem if problem else stored)
+        if problem:
+            return self.tell(refused + problem, failed=True)
+        return self.tell(f"{app.name}: approved on the phone, token stored")
 
     def __exit__(self, *failure: object) -> None:
         """Let a running job finish its current app, and settle every delivery that was answered with 200."""
