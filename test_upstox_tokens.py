@@ -2502,8 +2502,8 @@ STORED_RULES: list[Any] = [  # script; what is said, or the summary; settings
            "at most six apps, numbered 0 to 5"),
     stored("DELETE FROM upstox_api_configs WHERE api_index = 2;", 2, "CLIENT_ID",
            "is not set; apps are numbered from 0 without a gap"),
-    (INSERT + "VALUES (7, 'OTHER', '', '', 0)", ALL_VALID), (UPDATE + "is_enabled = 'true'", ALL_VALID),
-    (UPDATE + "is_enabled = 0", NONE_ENABLED), ("DELETE FROM upstox_api_configs", NONE_ENABLED),
+    (INSERT + "VALUES (7, 'OTHER', '', '', 0)", ALL_VALID),
+    (UPDATE + "is_enabled = 'true'", ALL_VALID), (UPDATE + "is_enabled = 0", NONE_ENABLED), ("DELETE FROM upstox_api_configs", NONE_ENABLED),
     ("DROP TABLE upstox_api_configs", f"UPSTOX_PIN: must be 6 digits\nerror: {NONE_ENABLED}",
      {"UPSTOX_PIN": "12"}),
     # a NULL redirect URI falls back to the setting, which is needed for nothing else
@@ -2564,6 +2564,7 @@ NO_COLUMN = "lacks a column of the guide's table upstox_tokens. Add it, or use a
 NO_DEFAULT = "demands a value that the guide's INSERT does not give. Give that column a default."
 IN_THE_WAY = "has a row in the way of a unique index. Remove that row."
 VIEW = "has a view named upstox_tokens. A table is needed: rename the view or use another file."
+FULL = "cannot grow: the disk is full. Free some space."
 OTHERWISE = "cannot be used."
 COLUMNS = ", ".join(re.findall(r'"(\w+)" \w+', TOKENS_DDL)[1:])
 TABLE = "DROP TABLE upstox_tokens; CREATE TABLE upstox_tokens (id {}); "
@@ -2614,6 +2615,7 @@ DATABASES: dict[str, tuple[str | Callable[[World], object], str]] = {
     "CHECK": (KEYED.format(COLUMNS + ", CHECK (length(access_token) < 100)"), OTHERWISE),
     "trigger on DELETE": (REJECT.format("DELETE"), OTHERWISE),
     "trigger on INSERT": (REJECT.format("INSERT"), OTHERWISE),
+    "full": (REJECT.format("INSERT").replace("'no'", "'database or disk is full'"), FULL),
     **{f"no {column}": (f"ALTER TABLE upstox_tokens DROP COLUMN {column}", NO_COLUMN)
        for column in COLUMNS.split(", ") if column not in UNWRITTEN}}
 
@@ -3554,7 +3556,7 @@ class PinTest(LoginCase):
          f'PIN.*"{DEVANAGARI[:30]}', False, 1, 1),
         ({"pin_answer": "Resend your request [1017600]"}, r"Resend.*\. The PIN had", False, 1, 1),
         ({"pin_answer": "The OTP or TOTP is incorrect [1017070]"},
-         r"after the PIN the login page said: The OTP.*\. The PIN had", False, 1, 1),  # a late word of the code
+         r"after the PIN the login page said: The OTP.*\. The PIN had", False, 1, 1),  # of the code
         ({"pin_answer": "1017007"}, r"session\. The PIN had been sent", False, 1, 1),
         ({"pin_answer": f"Invalid PIN {PIN}. Try again"}, "refused the PIN .*UPSTOX_PIN", True, 3,
          1),
