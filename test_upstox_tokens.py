@@ -2503,7 +2503,8 @@ STORED_RULES: list[Any] = [  # script; what is said, or the summary; settings
     stored("DELETE FROM upstox_api_configs WHERE api_index = 2;", 2, "CLIENT_ID",
            "is not set; apps are numbered from 0 without a gap"),
     (INSERT + "VALUES (7, 'OTHER', '', '', 0)", ALL_VALID),
-    (UPDATE + "is_enabled = 'true'", ALL_VALID), (UPDATE + "is_enabled = 0", NONE_ENABLED), ("DELETE FROM upstox_api_configs", NONE_ENABLED),
+    (UPDATE + "is_enabled = 'true'", ALL_VALID), (UPDATE + "is_enabled = 0", NONE_ENABLED),
+    ("DELETE FROM upstox_api_configs", NONE_ENABLED),
     ("DROP TABLE upstox_api_configs", f"UPSTOX_PIN: must be 6 digits\nerror: {NONE_ENABLED}",
      {"UPSTOX_PIN": "12"}),
     # a NULL redirect URI falls back to the setting, which is needed for nothing else
