@@ -44,8 +44,8 @@ What is known of the broker -> the switch that shows it ("always": without one)
 
 Nobody has seen these; a changed page, or a stranger in between, would look like it: rename,
 page="terms", the answers terms, consent, silent and foreign, leave_on_input, clears,
-pin_autosubmit, jam, hops, by_script, unguarded, counter, keep_hidden_inputs, rewritten, hooks,
-down, and the API's hang, drip, endless and gzip.
+pin_autosubmit, jam, hops, by_script, unguarded, counter, late_words, keep_hidden_inputs, rewritten,
+hooks, down, and the API's hang, drip, endless and gzip.
 
 Known facts without a switch: the old login hosts and forms, Android and iOS pages, the QR login
 itself, accounts of several people, extended and analytics tokens, sandbox, logout, static IP rules,
@@ -242,6 +242,7 @@ class Switches:
     counter: int | None = None  # a line that counts, every so many ms, stands beside the PIN
     clears: str = ""  # id of a field that empties itself once it is complete
     late_name: int | None = None  # ms after the PIN's last digit until the heading knows the name
+    late_words: str = ""  # a line that comes just after the PIN's last digit, and stays
     spinner: int = 0  # ms of an overlay once a field is complete (chromedriver waits about 1000)
     rerender: int = 0  # new nodes every so many ms (below 100 nobody can type)
     leave_on_input: str = ""  # id of a field: typing there moves the page to the foreign host
@@ -275,7 +276,7 @@ PAGE_SWITCHES = (  # what the login page itself has to know
     "page", "remember", "lead_phone", "otp_mask", "otp_button_always_enabled", "rename", "spinner",
     "keep_hidden_inputs", "toast_ms", "captcha", "captcha_form", "otp_autosubmit", "pin_autosubmit",
     "jam", "hops", "by_script", "unguarded", "counter", "clears", "rerender",
-    "leave_on_input", "hooks", "late_name")
+    "leave_on_input", "hooks", "late_name", "late_words")
 
 BLANK_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Login to Upstox</title></head>
@@ -547,6 +548,7 @@ function complete(name) {
   if (CFG.late_name !== null && name === "pinCode") setTimeout(() => {
     document.querySelector("h2").textContent = `Hi ${profile().firstName}`;
   }, CFG.late_name);
+  if (CFG.late_words && name === "pinCode") setTimeout(add, 50, root, "", 0, CFG.late_words);
   if (wait == null) return clear();
   hop(CFG.hops, wait / CFG.hops, () => {
     if (state.busy || state.step !== step) return;
@@ -3324,7 +3326,7 @@ class VariantTest(BrowserCase):
             {"otp_button_always_enabled": True, "otp_autosubmit": 0}, {"toast_ms": 9000},
             {"rerender": 120, "otp_mask": True, "keep_hidden_inputs": True}], (6, 6, 6)),
         ({"clock_offset": -19, "page_delay": 0.5}, [
-            {}, {"stale_identity": True}, {"redirect_delay": 1, "pin_autosubmit": 150},
+            {"late_words": "Markets open at 09:15"}, {"stale_identity": True}, {"redirect_delay": 1, "pin_autosubmit": 150},
             {"step_delay": 2, "spinner": 1500}, {"dialog_answer": "direct"}], (2, 2, 4)),
         ({"unguarded": True, "step_delay": 0.6, "otp_autosubmit": 150, "pin_autosubmit": 150,
           "hops": 5, "jam": 500, "rewritten": True}, [{}], (1, 1, 1)),

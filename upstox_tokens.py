@@ -116,6 +116,7 @@ READ_SECONDS, PROOF_SECONDS, STORE_SECONDS = 10, 30, 60  # patience with a locke
 PAGE_SECONDS, OUTCOME_SECONDS = 30, 60  # for a page to show a step, for the broker to judge an entry
 CAPTCHA_SECONDS, CAPTCHA_HEADED_SECONDS = 15, 300
 KEYS_SECONDS = 5  # for a field to show what was typed
+TOAST_SECONDS = 4  # words of the page that stay longer are none of its toasts (3 s, facts/login-page.md)
 SETTLE_SECONDS = 0.25  # of the page's own time, for it to send a code or PIN by itself before the first press
 DRIVER_SECONDS = 60  # for chromedriver to start, and to answer a command
 SHARED_SECONDS = 5  # a check younger than this answers the HTTP API again
@@ -1664,8 +1665,8 @@ def judge_complaint(view: View, login: Login) -> Move | None:
     if login.old:
         return None
     said = " ".join(toast(login.news)).strip()
-    if login.sent and not said and REFUSAL.search(login.said):
-        said = login.said  # nobody knows how the broker words a refusal, nor whether it has a code
+    if login.sent and not said:  # nobody knows how the broker words a refusal, nor whether it has a code
+        said = login.refusing()
     row = known_complaint(view, login.news)
     if login.sent == "pin" and (row or said):
         raise pin_failure(*(row or ("", THIS_RUN)), said)
@@ -1723,7 +1724,7 @@ def press_or_wait(view: View, login: Login, waited: float) -> Move | None:
     field, button = (view.items[name] for name in STEPS[step])
     if field["value"] != text or not field["enabled"] or field["submits"] > login.submits:
         return None
-    if step == "pin" and login.said:
+    if step == "pin" and login.said and (waited < TOAST_SECONDS or set(login.said) - set(login.news)):
         return None  # an answer, perhaps, so the page has sent it by itself
     if waited > PAGE_SECONDS:
         raise no_progress(step, f"the page's button could not be pressed after the {ENTRY[step]} was typed.")
@@ -1744,7 +1745,7 @@ def await_judgement(view: View, login: Login, waited: float) -> Move:
         raise unknown_page(view, "The PIN had been sent, and whether it was right is not known. ")
     if waited < OUTCOME_SECONDS:
         return "wait", ""
-    words = f'it said: "{login.said}"' if login.said else "it said nothing"
+    words = f'it said: "{login.said[-1]}"' if login.said else "it said nothing"
     text = (f"within {OUTCOME_SECONDS} s after the {ENTRY[step]} was sent the login page did not go on "
             f"({words}).")
     # what is said of the mobile number holds for all apps, and each would ask for an OTP
@@ -1941,7 +1942,7 @@ class Login:
         self.pressed, self.submits = False, 0  # its button; how often its field was submitted before
         self.before: str | None = None  # the page's text before that
         self.news: list[str] = []  # what it shows now that it did not show then
-        self.said = ""  # the newest line of the page since then
+        self.said: list[str] = []  # all that it has shown since then
         self.old = ""  # a complaint that was dealt with, while the page still shows it
         self.moved = 0.0  # when there was progress; the page's patience is counted from here
         self.captcha_since: float | None = None
@@ -1972,8 +1973,8 @@ class Login:
             if self.old not in view.text:
                 self.old = ""
             self.news = news(view, self.before)
-            if self.sent and self.news:  # a toast lives for 3 s only
-                self.said = self.news[-1]
+            if self.sent:  # a toast may be gone at the next look
+                self.said += [line for line in self.news if line not in self.said]
             self.run.waiting = ""
             verb, detail = next_move(view, self, self.browser.clock() - self.moved)
             if verb == "captcha":
@@ -2033,6 +2034,10 @@ class Login:
         else:
             self.browser.rest(0.1)
 
+    def refusing(self) -> str:
+        """The newest line since the entry that sounds like a refusal, or an empty text."""
+        return next(filter(REFUSAL.search, reversed(self.said)), "")
+
     def wait_anew(self) -> None:
         self.moved = self.browser.clock()
 
@@ -2070,7 +2075,7 @@ class Login:
             self.drop_code()
             return
         self.sent, self.pressed, self.submits = step, False, view.field(step)["submits"]
-        self.before, self.said = view.text, ""
+        self.before, self.said = view.text, []
         self.whole = self.browser.type(view, step, self.texts[step][-1])
         if self.whole:
             self.wait_anew()
@@ -2106,7 +2111,7 @@ class Login:
             raise refusal
         self.say("the broker refused the TOTP code; trying once more with the next one")
         code = toast(self.news)[1]
-        self.old, self.sent = f"[{code}]" if code else self.said, ""
+        self.old, self.sent = f"[{code}]" if code else self.refusing(), ""
         self.drop_code()
 
     def drop_code(self) -> None:
