@@ -224,7 +224,7 @@ class Switches:
     stale_identity: bool = False  # the remembered login has run out: the PIN step falls back
     otp_mask: bool = False  # the OTP field shows 123-456
     otp_button_always_enabled: bool = False  # Continue has no type and works with an empty field
-    keep_hidden_inputs: bool = False  # the inputs of the other steps are in the page too, hidden
+    keep_hidden_inputs: bool = False  # what belongs to the other steps is in the page too, hidden
     rename: dict[str, str] = field(default_factory=dict)  # id of a field or button: its new id
     rewritten: bool = False  # the page writes its whole document anew, a little after it came
     captcha: float | str = ""  # seconds until it passes by itself, or never (somebody solves it)
@@ -356,7 +356,8 @@ function show(step) {
   Object.assign(state, {step, busy: false, alert: "", info: ""});
   const others = [0, 1, 2].filter(other => CFG.keep_hidden_inputs && other !== step);
   root.innerHTML = `<div ${look("display:flex;gap:64px;margin:48px")}><section>${STEPS[step]()}
-    ${others.map(other => `<div style="display:none">${STEPS[other]()}</div>`).join("")}</section>
+    ${others.map(other => `<div style="display:none">${STEPS[other]()}
+      <div class="cf-turnstile"></div></div>`).join("")}</section>
     <aside><h3>Login with QR code</h3><canvas width="128" height="128"></canvas></aside></div>
     <p>Need help? <a href="https://upstox.com/contact-us/">Contact us</a></p>
     <footer>SEBI INZ000000000</footer>`;
@@ -2844,6 +2845,12 @@ class HoldTest(Case):
             self.assertEqual((len(world.audit("HOLD_LIFTED")), world.broker.count("dialog")),
                              (code == 1, code == 1))
             self.assertEqual(world.call("--mode", "ALL").code, code)
+        world = self.world(apps=1, moment=NOON, **REFUSED)
+        remember(world, "HOLD")
+        world.sql("CREATE TRIGGER no BEFORE INSERT ON upstox_token_audit "
+                  "BEGIN SELECT RAISE(ABORT, 'no'); END")
+        done = world.call(answers=["1", "y"])  # which cannot be noted
+        self.assertEqual((done.code, world.broker.count("dialog")), (2, 0), done.out)
 
     def test_another_hold_meanwhile(self) -> None:
         """The operator goes ahead only from the one that he was told."""
@@ -3696,7 +3703,7 @@ class CheckTest(LoginCase):
              "hold", "PRIMARY", "WEBSOCKET1")
     # switches, whether there is a driver, the lines that are not ok
     ROWS: list[Any] = [
-        ({}, True, {}),
+        ({"keep_hidden_inputs": True}, True, {}),
         ({"captcha": 0.3, "captcha_form": "explicit"}, True, {}),
         ({}, False, {"browser": "chromedriver.*did not start", "login page": "not opened"}),
         ({"down": True}, True, {"login page": ".", "broker": "no connection|not reach",

@@ -1269,7 +1269,8 @@ const name = e => e.id || `${e.tagName.toLowerCase()} '${(e.innerText || e.name 
 const shown = [...document.querySelectorAll('input, select, textarea, button')].filter(visible);
 const solved = document.querySelector('[name="cf-turnstile-response"]')?.value;
 return {items, broken: !location.protocol.startsWith('http'),
-  captcha: !!document.querySelector(captcha) && !solved,
+  captcha: !solved && [...document.querySelectorAll(captcha)].some(
+    e => visible(e.type === 'hidden' ? e.parentElement : e)),
   shown: shown.slice(0, 12).map(name), text: (document.body ? document.body.innerText : '').slice(0, 20000)};
 """
 # compare and click in one script, so that neither re-rendering nor a submit comes between; a button that
@@ -1586,7 +1587,6 @@ EVENTS = {"otp": "CODE", "pin": "PIN"}  # what the audit rows call them
 # verb and detail: arrived (url), refused (what to raise), wait, captcha, and with the step code, clear, type,
 # finish, press, taken
 Move = tuple[str, Any]
-
 
 # patterns, compiled when a login needs them: a message with the page's code in brackets; what changes on a page
 # in good order (the resend countdown, a success, the greeting once the name is known)
@@ -2346,7 +2346,7 @@ def take_delivery(ctx: Context, config: Config, app: App, delivery: Delivery) ->
 def choose(mode: str, named: Sequence[str], statuses: Iterable[Status]) -> list[str]:
     """The apps a mode generates for. UNKNOWN is neither valid nor invalid: INVALID_ONLY leaves it alone."""
     return [status.api_name for status in statuses
-            if mode == "ALL" or mode == "PARTIAL" and status.api_name in named
+            if mode == "ALL" or status.api_name in named
             or mode == "INVALID_ONLY" and status.word in NEEDS_LOGIN]
 
 
@@ -2447,11 +2447,9 @@ def generate_chosen(run: Run) -> None:
             generate_by_phone(run)
         elif run.apps:
             generate_by_browser(run)
-    except TokenError as error:
-        run.problem = str(error)
-        raise
-    except BaseException:
-        run.problem = "the run was ended by an internal error or a signal"
+    except BaseException as error:
+        told = isinstance(error, TokenError)
+        run.problem = str(error) if told else "the run was ended by an internal error or a signal"
         raise
     finally:
         unlock_database(run.lock)
