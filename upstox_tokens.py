@@ -2922,7 +2922,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             super().__init__((self.host, port), Handler)
-        except (OSError, UnicodeError) as error:
+        except (OSError, TypeError) as error:  # a name that cannot be encoded
             reason = getattr(error, "strerror", None) or "not an address"
             raise TokenError(f"--serve: cannot listen on {address}: {reason}. "
                              "Choose another port, or end what uses it.", USAGE) from None
