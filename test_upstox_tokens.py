@@ -2564,7 +2564,7 @@ class StoredConfigTest(Case):
 LOCKED = "is locked by another program. Close what holds it, or try again in a minute."
 NO_DATABASE = "is not a SQLite database. Name the right file with --db."
 DAMAGED = "is damaged. Restore it from a backup, or rescue it with sqlite3's .recover."
-NO_COLUMN = "lacks a column of the guide's table upstox_tokens. Add it, or use another file."
+NO_COLUMN = "lacks a column that is needed. Add it, or use another file."
 NO_DEFAULT = "demands a value that the guide's INSERT does not give. Give that column a default."
 IN_THE_WAY = "has a row in the way of a unique index. Remove that row."
 VIEW = "has a view named upstox_tokens. A table is needed: rename the view or use another file."

@@ -715,8 +715,7 @@ DB_REMEDIES = (
     ("unable to open", "cannot be opened. Check that its folder exists and that this user may write there."),
     ("is full", "cannot grow: the disk is full. Free some space."),
     ("is a view", "has a view named upstox_tokens. A table is needed: rename the view or use another file."),
-    ("no (column named|such column)",
-     "lacks a column of the guide's table upstox_tokens. Add it, or use another file."),
+    ("no (column named|such column)", "lacks a column that is needed. Add it, or use another file."),
     ("NOT NULL", "demands a value that the guide's INSERT does not give. Give that column a default."),
     ("UNIQUE", "has a row in the way of a unique index. Remove that row."),
 )
