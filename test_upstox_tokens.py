@@ -4879,8 +4879,10 @@ class PhoneRunTest(PhoneCase):
 
         with (contextlib.closing(other), meanwhile(release),
               mock.patch.multiple(upstox_tokens, READ_SECONDS=0.2)):
-            done = self.run_v3(world)
-        self.assertEqual((done.code, done.out), (0, summary(PRIMARY="VALID")), done.err)
+            done = self.run_v3(world, "--json")
+        told = json.loads(done.out)
+        self.assertEqual((done.code, told["valid"], told["results"]), (0, ["PRIMARY"], [
+            {"apiName": "PRIMARY", "state": "DONE", "message": ""}]), done.err)
 
     def test_errors(self) -> None:
         world = self.world(apps=1)
