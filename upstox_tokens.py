@@ -116,7 +116,6 @@ READ_SECONDS, PROOF_SECONDS, STORE_SECONDS = 10, 30, 60  # patience with a locke
 PAGE_SECONDS, OUTCOME_SECONDS = 30, 60  # for a page to show a step, for the broker to judge an entry
 CAPTCHA_SECONDS, CAPTCHA_HEADED_SECONDS = 15, 300
 KEYS_SECONDS = 5  # for a field to show what was typed
-TOAST_SECONDS = 4  # words of the page that stay longer are none of its toasts (3 s, facts/login-page.md)
 SETTLE_SECONDS = 0.25  # of the page's own time, for it to send a code or PIN by itself before the first press
 DRIVER_SECONDS = 60  # for chromedriver to start, and to answer a command
 SHARED_SECONDS = 5  # a check younger than this answers the HTTP API again
@@ -1236,7 +1235,8 @@ def totp_wait(now: float, sent: Iterable[int]) -> float:
 
 # one look: the address, the visible fields and buttons of the steps, what else is there, the text. The page
 # is asked to count how often a field was submitted (a script's submit() only navigates), or disabled as one is
-# that a script sends, between two looks; and when it has settled: a chain of timers, a busy page's turns between
+# that a script sends; when it has settled: a chain of timers, a busy page's turns between; and whether a request
+# of its scripts has ended that began after the look before the field's last change
 LOOK = """
 const [ids, captcha, pause] = arguments, root = document.documentElement, key = Symbol.for('upstox_tokens');
 const visible = e => e && e.getClientRects().length && getComputedStyle(e).visibility !== 'hidden';
@@ -1252,6 +1252,8 @@ const settle = (kept, turns) => {
   kept.settled = !turns;
   if (turns) kept.timer = setTimeout(settle, pause / 5, kept, turns - 1);
 };
+const ended = performance.getEntriesByType('resource');  // the first 250: then nobody can tell
+const began = ended.filter(e => /fetch|xml|beacon/.test(e.initiatorType)).map(e => e.startTime);
 const items = {};
 for (const id of ids) {
   const e = document.getElementById(id), kept = root[key][id];
@@ -1259,9 +1261,11 @@ for (const id of ids) {
   const value = (e.value || '').replace(/[^0-9]/g, '');
   if (kept.digits !== value.length) {
     clearTimeout(kept.timer);
-    kept.digits = value.length;
+    [kept.digits, kept.since] = [value.length, kept.seen];
     settle(kept, 5);
   }
+  kept.seen = performance.now();
+  kept.requested = ended.length >= 250 || began.some(start => start > kept.since);
   items[id] = {...kept, element: e, enabled: !e.matches(':disabled') && !e.readOnly, value};
 }
 const name = e => e.id || `${e.tagName.toLowerCase()} '${(e.innerText || e.name || '').trim().slice(0, 30)}'`;
@@ -1723,7 +1727,7 @@ def press_or_wait(view: View, login: Login, waited: float) -> Move | None:
     field, button = (view.items[name] for name in STEPS[step])
     if field["value"] != text or not field["enabled"] or field["submits"] > login.submits:
         return None
-    if step == "pin" and login.said and (waited < TOAST_SECONDS or set(login.said) - set(login.news)):
+    if login.said and field["requested"] and step in EVENTS:
         return None  # an answer, perhaps, so the page has sent it by itself
     if waited > PAGE_SECONDS:
         raise no_progress(step, f"the page's button could not be pressed after the {ENTRY[step]} was typed.")
