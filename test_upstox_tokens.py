@@ -2230,6 +2230,7 @@ class RunTest(Case):
         for argv in (["--status"], ["--mode", "INVALID_ONLY"], ["--import-config"]):
             with self.subTest(argv):
                 self.assertEqual(world.call(*argv, "-q"), (0, "", ""))
+        self.assertTrue(world.call("-q", answers=["q"]).out.startswith(ALL_VALID))  # to be answered
         for flow, answers in (("SELENIUM", ["2"]), ("V3", ["3", "1"])):
             world.call("--flow", flow, "--wait", "0.001", answers=answers)
             self.assertEqual(len(world.prompts), len(answers), world.prompts)
@@ -2435,6 +2436,9 @@ class ConfigTest(Case):
             f"error: No UPSTOX_ setting was found, neither in the environment nor in {own} and "
             f"{beside / '.env'}. Copy env.sample to .env and fill it in; it explains the keys.\n"
             "error: UPSTOX_CLIENT_ID_0: is not set; at least one app is needed\n")))
+        (world.folder / "named").write_text("# nothing yet\n")
+        self.assertIn(f"environment nor in {world.folder / 'named'}. Copy",
+                      world.call("--status", "--env-file", world.folder / "named").err)
 
     def test_folder_that_may_not_be_searched(self) -> None:
         """As for `sudo -u` in the home of root: there is no env file, others may hold settings."""
@@ -2512,7 +2516,9 @@ STORED_RULES: list[Any] = [  # script; what is said, or the summary; settings
      {"UPSTOX_PIN": "12"}),
     # a NULL redirect URI falls back to the setting, which is needed for nothing else
     ("", "UPSTOX_REDIRECT_URI: is not set; flow SELENIUM needs it", NO_REDIRECT),
-    (UPDATE + "redirect_uri = 'https://a.example/cb'", ALL_VALID, NO_REDIRECT)]
+    (UPDATE + "redirect_uri = 'https://a.example/cb'", ALL_VALID, NO_REDIRECT),
+    (UPDATE + "redirect_uri = 'https://a.example/cb'",
+     "UPSTOX_PIN: is not set; flow SELENIUM needs it", NO_REDIRECT | {"UPSTOX_PIN": None})]
 
 
 class StoredConfigTest(Case):
@@ -3333,8 +3339,8 @@ class VariantTest(BrowserCase):
             {"otp_button_always_enabled": True, "otp_autosubmit": 0}, {"toast_ms": 9000},
             {"rerender": 120, "otp_mask": True, "keep_hidden_inputs": True}], (6, 6, 6)),
         ({"clock_offset": -19, "page_delay": 0.5}, [
-            {"late_words": "Markets open at 09:15"}, {"stale_identity": True}, {"redirect_delay": 1, "pin_autosubmit": 150},
-            {"step_delay": 2, "spinner": 1500}, {"dialog_answer": "direct"}], (2, 2, 4)),
+            {"late_words": "Markets open at 09:15"}, {"stale_identity": True},
+            {"redirect_delay": 1, "pin_autosubmit": 150}, {"step_delay": 2, "spinner": 1500}, {"dialog_answer": "direct"}], (2, 2, 4)),
         ({"unguarded": True, "step_delay": 0.6, "otp_autosubmit": 150, "pin_autosubmit": 150,
           "hops": 5, "jam": 500, "rewritten": True}, [{}], (1, 1, 1)),
         ({"unguarded": True, "step_delay": 0.6, "by_script": True}, [{}], (1, 1, 1)),
@@ -4316,7 +4322,7 @@ class RequestTest(WebCase):
         keyed = {"UPSTOX_ALLOWED_ORIGINS": ORIGIN, "UPSTOX_SERVE_KEY": KEY}
         for rows, at, env in (
                 (REQUESTS, "", NO_LOGIN),
-                (OPEN_ACCESS, "", {"UPSTOX_ALLOWED_ORIGINS": f"{VITE}, https://Desk.Example.com/"}),
+                (OPEN_ACCESS, "", {"UPSTOX_ALLOWED_ORIGINS": f"{VITE}, https://Desk.Example.com/,"}),
                 (V6_ACCESS, "[::1]:0", {}), (KEY_ACCESS, "", keyed),
                 (FAR_ACCESS, "0.0.0.0:0", keyed)):
             world = self.served(seed=World.seed_valid, at=at, env=env, dialog_answer="100068")

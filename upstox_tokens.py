@@ -573,7 +573,7 @@ def env_apps(settings: Mapping[str, str]) -> list[App]:
 
 def check_numbers(numbers: Sequence[int], label: str) -> list[str]:
     """The problems of the apps' numbers (the guide 3.2): one to six, contiguous from 0."""
-    if len(numbers) > 6 or set(numbers) - set(range(6)):
+    if set(numbers) - set(range(6)):
         return [f"{label.format('CLIENT_ID', numbers[-1])}: at most six apps, numbered 0 to 5"]
     return [f"{label.format('CLIENT_ID', gap)}: is not set; apps are numbered from 0 without a gap"
             for gap in range(max(numbers)) if gap not in numbers]
