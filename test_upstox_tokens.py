@@ -3340,7 +3340,8 @@ class VariantTest(BrowserCase):
             {"rerender": 120, "otp_mask": True, "keep_hidden_inputs": True}], (6, 6, 6)),
         ({"clock_offset": -19, "page_delay": 0.5}, [
             {"late_words": "Markets open at 09:15"}, {"stale_identity": True},
-            {"redirect_delay": 1, "pin_autosubmit": 150}, {"step_delay": 2, "spinner": 1500}, {"dialog_answer": "direct"}], (2, 2, 4)),
+            {"redirect_delay": 1, "pin_autosubmit": 150}, {"step_delay": 2, "spinner": 1500},
+            {"dialog_answer": "direct"}], (2, 2, 4)),
         ({"unguarded": True, "step_delay": 0.6, "otp_autosubmit": 150, "pin_autosubmit": 150,
           "hops": 5, "jam": 500, "rewritten": True}, [{}], (1, 1, 1)),
         ({"unguarded": True, "step_delay": 0.6, "by_script": True}, [{}], (1, 1, 1)),
@@ -4322,7 +4323,8 @@ class RequestTest(WebCase):
         keyed = {"UPSTOX_ALLOWED_ORIGINS": ORIGIN, "UPSTOX_SERVE_KEY": KEY}
         for rows, at, env in (
                 (REQUESTS, "", NO_LOGIN),
-                (OPEN_ACCESS, "", {"UPSTOX_ALLOWED_ORIGINS": f"{VITE}, https://Desk.Example.com/,"}),
+                (OPEN_ACCESS, "",
+                 {"UPSTOX_ALLOWED_ORIGINS": f"{VITE}, https://Desk.Example.com/,"}),
                 (V6_ACCESS, "[::1]:0", {}), (KEY_ACCESS, "", keyed),
                 (FAR_ACCESS, "0.0.0.0:0", keyed)):
             world = self.served(seed=World.seed_valid, at=at, env=env, dialog_answer="100068")
