@@ -2038,6 +2038,7 @@ class AnswerTest(Case):
         """The longest secret first, digits in groups too."""
         text = upstox_tokens.redact("ab749216cd, 749-216, 74 92 16, x749216", {PIN, f"ab{PIN}cd"})
         self.assertEqual(text, "[hidden], [hidden], [hidden], x[hidden]")
+        self.assertEqual(upstox_tokens.redact("a+b(c. aab(cc", {"a+b(c."}), "[hidden] aab(cc")
 
     def test_no_request_outlives_its_deadline(self) -> None:
         """An answer that drips for ever is not read for ever, unseen, in a thread of its own."""
@@ -2452,8 +2453,12 @@ class ConfigTest(Case):
         with unprivileged(world.folder):
             code = upstox_tokens.main(["--status", "--db", str(world.db)], out=out, err=err,
                                       environ=world.environ(settings))
+            unnamed = upstox_tokens.main(["--status"], out=out, err=err,
+                                         environ=world.environ(settings))
         none = summary(**dict.fromkeys(APPS, "NOT FOUND"))
-        self.assertEqual((code, out.getvalue(), err.getvalue()), (1, none, ""))
+        self.assertEqual((code, unnamed, out.getvalue(), err.getvalue()), (1, 2, none, (
+            f"error: The database {closed / 'vega_trade.db'} cannot be used: Permission denied. "
+            "Name a file with --db.\n")))
 
     def test_env_file_that_cannot_be_used(self) -> None:
         world = self.world()
@@ -2464,6 +2469,10 @@ class ConfigTest(Case):
                              (world.folder, "Is a directory")):
             self.refuse(world, f"The env file {path} cannot be read: {reason}.",
                         argv=["--status", "--env-file", path])
+        path = world.write_env("oops\n")
+        self.refuse(world, f"{path}, line 1: expected KEY=value", "UPSTOX_REDIRECT_URI: is not set",
+                    "UPSTOX_CLIENT_ID_0: is not set; at least one app is needed")
+        world.write_env()
         path = world.folder.joinpath(".env").rename(world.folder / "my env's file")
         for mode in (0o640, 0o604):
             path.chmod(mode)
@@ -2563,6 +2572,10 @@ class StoredConfigTest(Case):
         world.write_env(UPSTOX_CONFIG_SOURCE="DB", **NO_APPS)
         self.assertEqual(world.call("--status").out.count(": NOT FOUND\n"), 6)
         self.assertEqual((world.call("--import-config").code, world.broker.requests), (2, []))
+        world.write_env(UPSTOX_CONFIG_SOURCE="DB", UPSTOX_NOTIFIER_WEBHOOK_URI=NOTIFIER,
+                        UPSTOX_REDIRECT_URI="http://localhost/other", **NO_APPS)
+        done = world.call("--check", "--flow", "V3")  # the table's own redirect URIs count
+        self.assertEqual((done.code, [label(done.out, name) for name in APPS]), (0, ["ok"] * 6))
 
 
 # ==== The database as others leave it =============================================================
@@ -2790,6 +2803,8 @@ HOLDS = {  # what happened: the hold, if there is one
     "PIN_SENT CODE_SENT CODE_TAKEN": PIN_HOLD,
     "HOLD": NOTED, f"{PROVEN} HOLD": NOTED, "HOLD FAILED GENERATED": NOTED,
     f"HOLD {PROVEN}": NOTED, "PIN_SENT HOLD_LIFTED": "", "CODE_SENT CODE_SENT HOLD_LIFTED": "",
+    "CODE_SENT CODE_NOT_SENT CODE_SENT CODE_SENT": CODE_HOLD,
+    "PIN_SENT PIN_NOT_SENT PIN_SENT": PIN_HOLD, "HOLD HOLD_LIFTED CODE_SENT": "",
     "HOLD HOLD_LIFTED": "", "HOLD HOLD_LIFTED PIN_SENT": PIN_HOLD,
     f"{PROVEN} HOLD HOLD_LIFTED PIN_SENT": PIN_HOLD}  # it has to prove itself again
 
@@ -2834,7 +2849,8 @@ class HoldTest(Case):
             with self.subTest(changes):
                 self.assertEqual(world.call("--mode", "ALL", **changes).code, code)
         self.assertTrue(json.loads(world.call("--status", "--json").out)["hold"])
-        self.assertEqual(world.folder.joinpath("vega_trade.db.upstox-lock").read_bytes(), b"")
+        lock = world.folder / "vega_trade.db.upstox-lock"
+        self.assertEqual((lock.read_bytes(), stat.S_IMODE(lock.stat().st_mode)), (b"", 0o600))
 
     def test_operator_goes_ahead(self) -> None:
         """From the menu only, after being told why; nothing but yes is yes."""
@@ -2868,6 +2884,13 @@ class HoldTest(Case):
         world = self.world(apps=1, moment=NOON, **REFUSED)
         remember(world, "HOLD")
         self.assertEqual((world.call(answers=answers()).code, world.audit("HOLD_LIFTED")), (3, []))
+
+        def lifted() -> Iterator[str]:
+            yield "1"
+            remember(world, "HOLD_LIFTED")
+            yield "y"
+
+        self.assertEqual(world.call(answers=lifted()).code, 1)
 
     def test_last_attempt(self) -> None:
         """The newest ending of each app, whoever ran it; an older table is read and extended."""
@@ -2913,6 +2936,10 @@ class HoldTest(Case):
         self.assertEqual(world.call("--mode", "ALL").code, 1)
         opened = {os.path.realpath(path) for path in Path("/proc/self/fd").glob("*")}
         self.assertNotIn(f"{world.db}.upstox-lock", opened)
+        handle = upstox_tokens.lock_database(world.db)
+        self.addCleanup(os.close, os.dup(handle))  # as a child that is just being forked has it
+        upstox_tokens.unlock_database(handle)
+        self.assertEqual(world.call("--mode", "ALL").code, 1)
 
     @unittest.skipIf(sys.platform == "win32", "fcntl is POSIX")
     def test_lock_that_cannot_be_had(self) -> None:
@@ -3029,6 +3056,7 @@ class UsageTest(Case):
                   "READ_SECONDS": 10, "PROOF_SECONDS": 30, "STORE_SECONDS": 60}
         self.assertEqual({name: getattr(upstox_tokens, name) for name in limits}, limits)
         self.assertEqual(upstox_tokens.build_parser().parse_args([]).wait, 15)
+        self.assertEqual(upstox_tokens.Handler.timeout, 10)
 
 
 @unittest.skipIf(sys.platform == "win32", "a POSIX shell's doing")
@@ -3057,6 +3085,9 @@ class SurroundingsTest(Case):
             ("tool --status >&-", 1, "", ""), ("tool --env-file missing >&- 2>&-", 2, "", ""),
             ("tool <&-", 1, f"{GUIDE}{MENU}\n{ABORTED}", ""), (bare, 1, GUIDE, ""),
             ("echo 4 | tool", 1, f"{GUIDE}{MENU}Choice: {ABORTED}", ""), (gone, 1, GUIDE, ""),
+            ("tool >&-", 1, "", ""),
+            (r"export PYTHONIOENCODING=utf-8:strict; printf '\377\n4\n' | tool", 1,
+             f"{GUIDE}{MENU}Choice: Please answer 1, 2, 3 or 4.\nChoice: {ABORTED}", ""),
             (locale, 1, GUIDE.replace(
                 "Summary:", f"Summary: {world.folder}/gr\\udcc3\\udcb6\\udcc3\\udc9fe.db"), ""),
             ("{ sleep 0.2; tool --status; echo $? >&2; } | true", 0, "", lost + "1\n")])
@@ -3073,6 +3104,15 @@ class SurroundingsTest(Case):
         self.assertEqual((code, out.getvalue()), (1, ""))
         self.assertRegex(err.getvalue(), r"\Aerror: internal error, KeyError at line \d+\. Please "
                                          r"report it\.\n\Z")
+        world.seed_valid()  # one of those side by side, in a thread
+        fault = mock.patch.object(urllib.request.OpenerDirector, "open", side_effect=KeyError(PIN))
+        with (fault, contextlib.redirect_stderr(io.StringIO()) as stream):
+            code = upstox_tokens.main(["--status", "--env-file", str(world.folder / ".env"), "--db",
+                                       str(world.db)], out=out, err=(told := io.StringIO()),
+                                      environ=world.environ({}))
+        self.assertEqual((code, out.getvalue(), stream.getvalue()), (1, "", ""))
+        self.assertRegex(told.getvalue(), r"\Aerror: internal error, KeyError at line \d+\. Please "
+                                          r"report it\.\n\Z")
 
     def test_packages_that_are_missing(self) -> None:
         """Told with the command that installs them where a browser is needed; all else works."""
@@ -4096,7 +4136,7 @@ class HeadedTest(LoginCase):
         with mock.patch.multiple(upstox_tokens, CAPTCHA_HEADED_SECONDS=1):
             world = self.world(2, moment=NOON, captcha="never", captcha_form="page")
             done = world.call("--mode", "ALL", "--headed", DISPLAY=self.display)
-            self.check(world, done, 3, ["CAPTCHA"], (0, 0, 0))
+            self.check(world, done, 3, ["nobody solved the CAPTCHA in time"], (0, 0, 0))
 
 
 # ==== The HTTP API: requests, access, hostile requests, the status, jobs ==========================
@@ -4665,6 +4705,25 @@ class ServerTest(WebCase):
             self.table(work, rows, workers=3)
         self.assertFalse(world.db.exists())
 
+    def test_bugs(self) -> None:
+        """Told by their kind, not by their words; a client that went away is none."""
+        world = self.served(apps=1, dialog_answer="100068", profile_delay=0.3,
+                            seed=World.seed_valid, limits={"CLOCK_SECONDS": None})
+        with socket.create_connection(world.address) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(head(f"GET {STATUS} HTTP/1.1"))
+            world.until(lambda: world.broker.count("profile"))
+        self.assertEqual(world.ask().code, 200)
+        self.assertEqual(world.post({"mode": "ALL"}).code, 202)
+        words = "the run was ended by an internal error or a signal"
+        world.until(lambda: words in raw(world.address, head(f"GET {LATEST} HTTP/1.1")).text)
+        told = world.until(lambda: world.log.read_text().splitlines()[1:])
+        self.assertEqual(told, ["internal error: TypeError"])
+        world = self.served(limits={"SHARED_SECONDS": None})
+        got = raw(world.address, head(f"GET {STATUS} HTTP/1.1"))
+        self.assertEqual((got.code, got.json), (500, {"error": "internal error"}))
+        self.assertEqual(world.log.read_text().splitlines()[1:], ["internal error: TypeError"])
+
     def test_log_of_requests(self) -> None:
         """With -v a line a request, without query and control characters; else none."""
         for argv, lines in ((["-v"], 4), ([], 2)):
@@ -4686,6 +4745,7 @@ class BrowserJobTest(BrowserCase, WebCase):
         job = world.post({"mode": "PARTIAL", "apiNames": TWO}).json["jobId"]
         world.until(lambda: world.broker.count("page"), 60)
         self.assertEqual(world.post({"mode": "ALL"}).json, {"error": BUSY})
+        self.assertEqual(world.ask().json["missing"], ["OPTIONCHAIN2"])
         seen: list[Any] = []
         while not seen or seen[-1]["state"] in LIVE:
             seen.append(world.job(job))
@@ -4952,12 +5012,16 @@ class PhoneRunTest(PhoneCase):
         world.until(lambda: world.broker.count("v3") == 6)
         for line in ("GET /", f"GET {STATUS}", f"POST {GENERATE}", f"POST {HOOK}/", "GET /x"):
             self.assertEqual(world.ask(*line.split()).code, 404, line)
-        body = self.approve(world, "WEBSOCKET3")
+        kept, late = self.approve(world, "WEBSOCKET3"), world.broker.delivery("PRIMARY")
+        world.broker.switches.profile_delay, asked = 1, world.broker.count("profile")
+        self.deliver(world, late)
+        world.until(lambda: world.broker.count("profile") > asked)
         began = time.monotonic()
         run.send_signal(signal.SIGINT)
         self.assertEqual(world.finish(run).code, 130)
         self.assertLess(time.monotonic() - began, 5)
-        self.assertEqual(world.tokens(), {"WEBSOCKET3": body["access_token"]})
+        self.assertEqual(world.tokens(), {"WEBSOCKET3": kept["access_token"],
+                                          "PRIMARY": late["access_token"]})
 
     def test_beside_the_server(self) -> None:
         """The server listens then; a late approval arrives there too, after a run has given up."""
@@ -5191,8 +5255,8 @@ class PhoneServerTest(PhoneCase):
             {"apiName": name, "state": "DONE", "message": "VALID"} for name in RENEWED]])
         report = world.ask().json
         self.assertEqual((len(report["valid"]), world.call("--status").code), (6, 0))
-        self.assertEqual([*report["tokens"][5]["lastAttempt"].values()][1:],
-                         ["WEBHOOK", "GENERATED", None])
+        self.assertEqual([*report["tokens"][5]["lastAttempt"].values()],
+                         [report["tokens"][5]["generatedAt"], "WEBHOOK", "GENERATED", None])
         self.assertEqual({(row["source"], row["outcome"]) for row in world.audit_rows()},
                          {("REST", "REQUESTED"), ("WEBHOOK", "GENERATED")})
 
@@ -5205,7 +5269,7 @@ class PhoneServerTest(PhoneCase):
         world = self.served(seed=seed, apps=2)
         world.write_env()  # corrected, which counts at once for deliveries too
         self.request(world, "PRIMARY", "WEBSOCKET1")
-        world.sql("UPDATE upstox_tokens SET is_active = 0, updated_at = 1 WHERE is_primary")
+        world.sql("UPDATE upstox_tokens SET is_active = 0, access_token = '' WHERE is_primary")
         self.approve(world, "WEBSOCKET1")
         world.until(lambda: world.job()["results"][1]["state"] == "DONE")
         self.assertEqual(world.job()["results"][0]["state"], "RUNNING")
