@@ -116,6 +116,7 @@ READ_SECONDS, PROOF_SECONDS, STORE_SECONDS = 10, 30, 60  # patience with a locke
 PAGE_SECONDS, OUTCOME_SECONDS = 30, 60  # for a page to show a step, for the broker to judge an entry
 CAPTCHA_SECONDS, CAPTCHA_HEADED_SECONDS = 15, 300
 KEYS_SECONDS = 5  # for a field to show what was typed
+WORDS_SECONDS = 4  # for the request to end whose answer unknown words of the page may be, or announce
 SETTLE_SECONDS = 0.25  # of the page's own time, for it to send a code or PIN by itself before the first press
 DRIVER_SECONDS = 60  # for chromedriver to start, and to answer a command
 SHARED_SECONDS = 5  # a check younger than this answers the HTTP API again
@@ -921,7 +922,7 @@ def import_apps(path: Path, apps: Iterable[App], now: float) -> None:
 
 
 def stored_apps(path: Path) -> tuple[list[App], list[int]]:
-    """The enabled apps of upstox_api_configs; their numbers and those that others keep free."""
+    """The enabled apps of upstox_api_configs; the numbers taken, from 0 to 5 also by apps that are off."""
     rows = select(path, "SELECT is_enabled, api_index, api_name, client_id, client_secret, redirect_uri "
                         "FROM upstox_api_configs ORDER BY api_index")
     enabled, numbers = [], []
@@ -1247,13 +1248,14 @@ if (!root[key]) {  // a page may write itself anew, which ends the listening, to
   window.navigation?.addEventListener('navigate', e => e.formData && count(document.querySelectorAll('input')));
   new MutationObserver(seen => count(seen.map(({target}) => target).filter(e => e.disabled || e.readOnly)))
     .observe(root, {subtree: true, attributeFilter: ['disabled', 'readonly']});
+  new PerformanceObserver(seen => seen.getEntries().forEach(({initiatorType, startTime}) => {
+    if (/fetch|xml/.test(initiatorType)) all.began = Math.max(all.began || 0, startTime);
+  })).observe({type: 'resource', buffered: true});
 }
 const settle = (kept, turns) => {
   kept.settled = !turns;
   if (turns) kept.timer = setTimeout(settle, pause / 5, kept, turns - 1);
 };
-const ended = performance.getEntriesByType('resource');  // the first 250: then nobody can tell
-const began = ended.filter(e => /fetch|xml|beacon/.test(e.initiatorType)).map(e => e.startTime);
 const items = {};
 for (const id of ids) {
   const e = document.getElementById(id), kept = root[key][id];
@@ -1265,15 +1267,16 @@ for (const id of ids) {
     settle(kept, 5);
   }
   kept.seen = performance.now();
-  kept.requested = ended.length >= 250 || began.some(start => start > kept.since);
+  kept.requested = root[key].began > 0 && !(root[key].began <= kept.since);
   items[id] = {...kept, element: e, enabled: !e.matches(':disabled') && !e.readOnly, value};
 }
 const name = e => e.id || `${e.tagName.toLowerCase()} '${(e.innerText || e.name || '').trim().slice(0, 30)}'`;
 const shown = [...document.querySelectorAll('input, select, textarea, button')].filter(visible);
+const gone = e => e && (getComputedStyle(e).display === 'none' || gone(e.parentElement));
 const solved = document.querySelector('[name="cf-turnstile-response"]')?.value;
 return {items, broken: !location.protocol.startsWith('http'),
-  captcha: !solved && [...document.querySelectorAll(captcha)].some(
-    e => visible(e.type === 'hidden' ? e.parentElement : e)),
+  captcha: !solved && [...document.querySelectorAll(captcha)].some(  // hidden, only if there is no step
+    e => !Object.keys(items).length || !gone(e.type === 'hidden' ? e.parentElement : e)),
   shown: shown.slice(0, 12).map(name), text: (document.body ? document.body.innerText : '').slice(0, 20000)};
 """
 # compare and click in one script, so that neither re-rendering nor a submit comes between; a button that
@@ -1668,8 +1671,8 @@ def judge_complaint(view: View, login: Login) -> Move | None:
     if login.old:
         return None
     said = " ".join(toast(login.news)).strip()
-    if login.sent and not said:  # nobody knows how the broker words a refusal, nor whether it has a code
-        said = login.refusing()
+    if login.sent and not said and REFUSAL.search(login.said):
+        said = login.said  # nobody knows how the broker words a refusal, nor whether it has a code
     row = known_complaint(view, login.news)
     if login.sent == "pin" and (row or said):
         raise pin_failure(*(row or ("", THIS_RUN)), said)
@@ -1727,7 +1730,7 @@ def press_or_wait(view: View, login: Login, waited: float) -> Move | None:
     field, button = (view.items[name] for name in STEPS[step])
     if field["value"] != text or not field["enabled"] or field["submits"] > login.submits:
         return None
-    if login.said and field["requested"] and step in EVENTS:
+    if step == "pin" and login.said and (field["requested"] or waited < WORDS_SECONDS):
         return None  # an answer, perhaps, so the page has sent it by itself
     if waited > PAGE_SECONDS:
         raise no_progress(step, f"the page's button could not be pressed after the {ENTRY[step]} was typed.")
@@ -1748,7 +1751,7 @@ def await_judgement(view: View, login: Login, waited: float) -> Move:
         raise unknown_page(view, "The PIN had been sent, and whether it was right is not known. ")
     if waited < OUTCOME_SECONDS:
         return "wait", ""
-    words = f'it said: "{login.said[-1]}"' if login.said else "it said nothing"
+    words = f'it said: "{login.said}"' if login.said else "it said nothing"
     text = (f"within {OUTCOME_SECONDS} s after the {ENTRY[step]} was sent the login page did not go on "
             f"({words}).")
     # what is said of the mobile number holds for all apps, and each would ask for an OTP
@@ -1945,7 +1948,7 @@ class Login:
         self.pressed, self.submits = False, 0  # its button; how often its field was submitted before
         self.before: str | None = None  # the page's text before that
         self.news: list[str] = []  # what it shows now that it did not show then
-        self.said: list[str] = []  # all that it has shown since then
+        self.said = ""  # the newest line of the page since then
         self.old = ""  # a complaint that was dealt with, while the page still shows it
         self.moved = 0.0  # when there was progress; the page's patience is counted from here
         self.captcha_since: float | None = None
@@ -1976,8 +1979,8 @@ class Login:
             if self.old not in view.text:
                 self.old = ""
             self.news = news(view, self.before)
-            if self.sent:  # a toast may be gone at the next look
-                self.said += [line for line in self.news if line not in self.said]
+            if self.sent and self.news:  # a toast lives for 3 s only
+                self.said = self.news[-1]
             self.run.waiting = ""
             verb, detail = next_move(view, self, self.browser.clock() - self.moved)
             if verb == "captcha":
@@ -2037,10 +2040,6 @@ class Login:
         else:
             self.browser.rest(0.1)
 
-    def refusing(self) -> str:
-        """The newest line since the entry that sounds like a refusal, or an empty text."""
-        return next(filter(REFUSAL.search, reversed(self.said)), "")
-
     def wait_anew(self) -> None:
         self.moved = self.browser.clock()
 
@@ -2078,7 +2077,7 @@ class Login:
             self.drop_code()
             return
         self.sent, self.pressed, self.submits = step, False, view.field(step)["submits"]
-        self.before, self.said = view.text, []
+        self.before, self.said = view.text, ""
         self.whole = self.browser.type(view, step, self.texts[step][-1])
         if self.whole:
             self.wait_anew()
@@ -2114,7 +2113,7 @@ class Login:
             raise refusal
         self.say("the broker refused the TOTP code; trying once more with the next one")
         code = toast(self.news)[1]
-        self.old, self.sent = f"[{code}]" if code else self.refusing(), ""
+        self.old, self.sent = f"[{code}]" if code else self.said, ""
         self.drop_code()
 
     def drop_code(self) -> None:
