@@ -3676,6 +3676,7 @@ class PinTest(LoginCase):
     def test_menu(self) -> None:
         """One PIN a run there too, and never one more unasked, though it was accepted before."""
         world = self.world(3, moment=NOON, pin_answer="1017999")
+        world.open_browser = SharedBrowser
         remember(world, PROVEN)
         for answers, pins in ((["2"], 1), (["2", "perhaps"], 1), (["2", "y"], 2)):
             # a window is for CAPTCHAs only; a folder for pictures cannot be made there
@@ -3695,6 +3696,7 @@ class PinTest(LoginCase):
 
         for answer in ("", WRONG_PIN):
             world = self.world(1, moment=NOON, pin_answer=answer)
+            world.open_browser = SharedBrowser
             remember(world, PROVEN)
             other = sqlite3.connect(world.db, isolation_level=None, check_same_thread=False)
             world.broker.acts["pin"] = lambda _: other.execute("BEGIN IMMEDIATE")
@@ -3913,6 +3915,7 @@ class MemoryTest(LoginCase):
         sent it, though the clock was set back by an hour in between.
         """
         world = self.world(1, moment=NOON, totp_single_use=False)
+        world.open_browser = SharedBrowser
         remember(world, "CODE_SENT CODE_TAKEN CODE_SENT CODE_TAKEN")
         for row, window in ((1, NOON + 30), (3, NOON - 3600)):
             world.sql(f"UPDATE upstox_token_audit SET number = {window // 30} WHERE id = {row}")
@@ -3984,6 +3987,7 @@ class MemoryTest(LoginCase):
                 (REJECT.format("INSERT"), "could not be stored", (1, 1, 1))):
             with self.subTest(trigger):
                 world = self.world(3, moment=NOON, otp_autosubmit=0, pin_autosubmit=0)
+                world.open_browser = SharedBrowser
                 old = world.seed_old()
                 world.sql(AUDIT_DDL.format(""))
                 world.broker.acts["page"] = lambda _: world.sql(trigger)
