@@ -2870,8 +2870,7 @@ class HoldTest(Case):
             self.assertEqual(world.call("--mode", "ALL").code, code)
         world = self.world(apps=1, moment=NOON, **REFUSED)
         remember(world, "HOLD")
-        world.sql("CREATE TRIGGER no BEFORE INSERT ON upstox_token_audit "
-                  "BEGIN SELECT RAISE(ABORT, 'no'); END")
+        world.sql(REJECT.format("INSERT").replace("upstox_tokens", "upstox_token_audit"))
         done = world.call(answers=["1", "y"])  # which cannot be noted
         self.assertEqual((done.code, world.broker.count("dialog")), (2, 0), done.out)
 

@@ -1263,12 +1263,12 @@ for (const id of ids) {
   const value = (e.value || '').replace(/[^0-9]/g, '');
   if (kept.digits !== value.length) {
     clearTimeout(kept.timer);
-    [kept.digits, kept.since] = [value.length, kept.seen];
+    Object.assign(kept, {digits: value.length, since: kept.seen});
     settle(kept, 5);
   }
   kept.seen = performance.now();
-  kept.requested = root[key].began > 0 && !(root[key].began <= kept.since);
-  items[id] = {...kept, element: e, enabled: !e.matches(':disabled') && !e.readOnly, value};
+  const {began} = root[key], requested = began > 0 && !(began <= kept.since);
+  items[id] = {...kept, requested, element: e, enabled: !e.matches(':disabled') && !e.readOnly, value};
 }
 const name = e => e.id || `${e.tagName.toLowerCase()} '${(e.innerText || e.name || '').trim().slice(0, 30)}'`;
 const shown = [...document.querySelectorAll('input, select, textarea, button')].filter(visible);
