@@ -652,7 +652,7 @@ def load_config(ctx: Context, use: str) -> Config:
         raise TokenError("\n".join(problems), USAGE)
     get = settings.get
     redirect = get("UPSTOX_REDIRECT_URI", "")
-    origins = tuple(part.strip().rstrip("/").lower() for part in get("UPSTOX_ALLOWED_ORIGINS", "").split(","))
+    origins = tuple(filter(None, map(str.strip, get("UPSTOX_ALLOWED_ORIGINS", "").split(","))))
     return Config(tuple(app._replace(redirect_uri=app.redirect_uri or redirect) for app in apps),
                   get("UPSTOX_BASE_URL", BASE_URL).rstrip("/"), get("UPSTOX_MOBILE_NUMBER", ""),
                   get("UPSTOX_PIN", ""), get("UPSTOX_TOTP", ""), get("UPSTOX_NOTIFIER_WEBHOOK_URI", ""),
@@ -1066,13 +1066,17 @@ def ask_dialogs(ctx: Context, config: Config, apps: Sequence[App]) -> list[tuple
     return run_within(PROFILE_SECONDS, (NO_ANSWER, ctx.now()), ask, apps)
 
 
-def clock_problem(answers: Iterable[tuple[Answer, float]]) -> str:
-    """A sentence when this machine's clock is too far from the broker's Date header for TOTP codes."""
+def clock_offset(answers: Iterable[tuple[Answer, float]]) -> float | None:
+    """Seconds that this machine's clock is ahead of the broker's Date header; None when it gave none."""
     offsets = []
     for answer, at in answers:
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             offsets.append(at - parsedate_to_datetime(answer.date).timestamp())
-    offset = min(offsets, key=abs, default=0)
+    return min(offsets, key=abs, default=None)
+
+
+def clock_problem(offset: float) -> str:
+    """A sentence when this machine's clock is too far off for TOTP codes."""
     if abs(offset) <= CLOCK_SECONDS:
         return ""
     place = "ahead of" if offset > 0 else "behind"
@@ -2081,7 +2085,7 @@ class Login:
         self.whole = self.browser.type(view, step, self.texts[step][-1])
         if self.whole:
             self.wait_anew()
-            self.say(f"{ENTRY[step]} sent")
+            self.say(f"{ENTRY[step]} {'sent' if step in EVENTS else 'typed'}")
             return
         # the field went before the digit; only one that is there again, and short, proves that nothing was sent
         seen = self.browser.look().field(step)
@@ -2195,7 +2199,7 @@ def verify_new(run: Run, token: Token) -> None:
 
 def epoch_seconds(value: object) -> float | None:
     """Seconds of the broker's epoch milliseconds, which come as text or number; None when neither."""
-    return int(value) / 1000 if re.fullmatch("[0-9]{13}", str(value)) else None
+    return float(value) / 1000 if re.fullmatch(r"[0-9]{13}(\.0)?", str(value)) else None
 
 
 def approval_end(run: Run, app: App, answer: Answer) -> float:
@@ -2207,8 +2211,9 @@ def approval_end(run: Run, app: App, answer: Answer) -> float:
     until = local_text(min(expiry, run.ctx.now() + run.ctx.args.wait * 60))[11:16]
     text = f"waiting for approval on the phone until {until}"
     if data.get("notifier_url") != run.config.notifier:
-        text += (f". Warning: the broker will deliver to {printable(data.get('notifier_url'), 200)}, not to "
-                 f"UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them, here or on {APP_PAGE}")
+        place = printable(data.get("notifier_url") or "an address it does not name", 200)
+        text += (f". Warning: the broker will deliver to {place}, not to UPSTOX_NOTIFIER_WEBHOOK_URI. Change "
+                 f"one of them, here or on {APP_PAGE}")
     run.tell(app.name, text)
     return expiry
 
@@ -2238,8 +2243,9 @@ def await_deliveries(run: Run, before: Mapping[str, str], ends: dict[App, float]
                 verify_new(run, token)
             elif ctx.now() >= min(end, give_up):
                 del ends[app]
-                run.settle(app.name, "FAILED", "not approved in time. Approve it on the phone while --serve "
-                                               "runs, or run again.")
+                remedy = ("Run again." if ctx.now() >= end else
+                          "Approve it on the phone while --serve runs, or run again.")
+                run.settle(app.name, "FAILED", f"not approved in time. {remedy}")
         if ends:
             left = max(0.0, min(*ends.values(), give_up) - ctx.now())
             names = ", ".join(app.name for app in ends)
@@ -2391,11 +2397,13 @@ def end_of_login(run: Run, app: App, failure: TokenError, reach: int) -> str:
     """Note and tell why an app got no token; what forbids the next app, or an empty text."""
     if reach == A_HOLD:
         run.note(app.name, "HOLD", f"{str(failure).rstrip('.')} ({local_text(run.ctx.now())})")
-    run.settle(app.name, "FAILED", str(failure))
+    text = str(failure)
     try:
-        held = bool(run.hold())
+        if held := bool(run.hold()):
+            text = text.replace("Run again", "Logins are on hold now, so start the menu")
     except DatabaseError:
         held, reach = False, max(reach, THIS_RUN)
+    run.settle(app.name, "FAILED", text)
     run.operator |= held or reach >= A_PERSON
     return f"the run stopped at {app.name}" if held or reach >= THIS_RUN else ""
 
@@ -2428,7 +2436,7 @@ def generate_by_browser(run: Run) -> None:
     run.operator = bool(blocker)
     if not blocker:
         answers = ask_dialogs(run.ctx, run.config, run.apps)
-        blocker = clock_problem(answers)
+        blocker = clock_problem(clock_offset(answers) or 0)
         refused = {app.name: explain(answer) for app, (answer, _) in zip(run.apps, answers)
                    if error_code(answer)[0] == "UDAPI100068"}
     uris = [app.redirect_uri for app in run.apps]
@@ -2928,7 +2936,8 @@ class Server(http.server.ThreadingHTTPServer):
             reason = getattr(error, "strerror", None) or "not an address"
             raise TokenError(f"--serve: cannot listen on {address}: {reason}. "
                              "Choose another port, or end what uses it.", USAGE) from None
-        self.url = f"http://{address.rpartition(':')[0]}:{self.server_address[1]}/"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        self.url = f"http://{host}:{self.server_address[1]}/"
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer's would ask the DNS for our name
@@ -3074,9 +3083,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_origin(self) -> None:
         """A browser's page must be our own or listed in UPSTOX_ALLOWED_ORIGINS."""
         origin = self.headers.get("Origin")
-        if origin is None or origin.lower() == f"http://{self.headers.get('Host', '').lower()}":
+        if origin is None or same_place(origin, f"http://{self.headers.get('Host', '')}"):
             return
-        if origin.lower() not in filter(None, self.server.initial.origins):
+        if not any(same_place(origin, allowed) for allowed in self.server.initial.origins):
             raise HttpError(403, "this Origin is not allowed; see UPSTOX_ALLOWED_ORIGINS")
         self.cors = {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "Location",
                      "Vary": "Origin"}
@@ -3290,6 +3299,15 @@ def database_problem(ctx: Context, config: Config) -> str:
     return ""
 
 
+def hold_problem(ctx: Context, config: Config) -> str:
+    """The hold of contract 7, and what to do about it."""
+    try:
+        hold = current_hold(ctx.path, config)
+    except DatabaseError:  # which has a line of its own
+        return "unknown, since the database cannot be read"
+    return f"logins are on hold: {hold}. Mend it, then go ahead from the menu" if hold else ""
+
+
 def browser_problems(ctx: Context, config: Config) -> tuple[str, str]:
     """Whether a browser starts and opens a page; whether the login page, opened for the first app, is the
     broker's own and shows a step that this program knows."""
@@ -3305,8 +3323,10 @@ def browser_problems(ctx: Context, config: Config) -> tuple[str, str]:
         try:
             login.open(secrets.token_urlsafe(16))
             login.decide()
-        except (LoginFailed, PageFault) as error:
-            return "", str(error)
+        except LoginFailed as failure:
+            return "", str(failure)
+        except PageFault as fault:
+            return "", str(no_progress("", f"the login page or the browser failed ({fault})."))
     return "", ""
 
 
@@ -3314,12 +3334,12 @@ def command_check(ctx: Context, config: Config) -> int:
     """--check: is everything ready for a login? Leaves nothing in the database, spends no OTP."""
     answers = ask_dialogs(ctx, config, config.apps)
     silent = all(answer.error for answer, _ in answers)
+    offset = clock_offset(answers)
     browser, page = ("", "") if ctx.args.flow == "V3" else browser_problems(ctx, config)
-    hold = current_hold(ctx.path, config)
     checks = {"configuration": "", "env file": "", "database": database_problem(ctx, config),
               "browser": browser, "login page": page, "broker": explain(answers[0][0]) if silent else "",
-              "clock": "unknown, since the broker did not answer" if silent else clock_problem(answers),
-              "hold": f"logins are on hold: {hold}. Mend it, then go ahead from the menu" if hold else ""}
+              "clock": ("unknown, since the broker did not tell the time" if offset is None
+                        else clock_problem(offset)), "hold": hold_problem(ctx, config)}
     checks |= {app.name: "" if 300 <= answer.code < 400 else explain(answer)
                for app, (answer, _) in zip(config.apps, answers)}
     lines = (f"{name:<14}: {problem or 'ok'}" for name, problem in checks.items())
