@@ -5322,6 +5322,191 @@ class PhoneServerTest(PhoneCase):
 # ---- the dashboard, as a person uses it
 
 
+class Stage:
+    """In the place of the program's server: the page that it sent, and the answers a test wants."""
+
+    switches, now = Switches(), staticmethod(time.time)
+
+    def __init__(self, page: Got) -> None:
+        self.page = page
+        self.answers: Mapping[str, Any] = {}  # below /auth/upstox/tokens/
+        self.asked: list[Request] = []
+        self.server = Server(self, "stage")
+
+    def handle(self, request: Request) -> Reply | str:
+        if request.path in ("/", "/blank"):
+            policy = "Content-Security-Policy"
+            return html_reply(self.page.text if request.path == "/" else "",
+                              headers=[(policy, self.page.headers[policy])])
+        self.asked.append(request)
+        path = request.path.removeprefix(TOKENS)
+        answer = self.answers.get(path, json_reply({"error": "no such job"}, 404))
+        answer = answer() if callable(answer) else answer
+        return answer if isinstance(answer, (Reply, str)) else json_reply(answer)
+
+    def heard(self) -> list[Any]:
+        """What was asked for since the last time: paths, and what was posted."""
+        asked, self.asked = self.asked, []
+        return [json.loads(one.body) if one.body else one.path.removeprefix(TOKENS) for one in asked]
+
+
+def shown(name: str, status: str = "VALID", reason: str = "", **more: Any) -> dict[str, Any]:
+    """A token as the HTTP API shows it."""
+    return {"apiName": name, "status": status, "reason": reason, "validityAt": "2026-11-26 03:30:00",
+            "generatedAt": "2026-11-25 08:15:00", "lastAttempt": None} | more
+
+
+def attempt(outcome: str, source: str = "CLI", reason: str | None = None,
+            at: str = "2026-11-25 08:20:00") -> dict[str, Any]:
+    return {"lastAttempt": {"at": at, "source": source, "outcome": outcome, "reason": reason}}
+
+
+def report(*tokens: Mapping[str, Any], hold: str | None = None) -> dict[str, Any]:
+    return {"status": {"checkedAt": "2026-11-25 08:30:00", "hold": hold, "tokens": tokens}}
+
+
+def job(state: str, message: str = "", **results: str) -> dict[str, Any]:
+    """The job that the page follows; each result is a state and perhaps a message."""
+    parts = {name: text.partition(" ") for name, text in results.items()}
+    return {"jobs/1": {"jobId": "1", "state": state, "message": message, "results": [
+        {"apiName": name, "state": word, "message": said} for name, (word, _, said) in parts.items()]}}
+
+
+def refused(code: int, text: str) -> Reply:
+    return json_reply({"error": text}, code)
+
+
+class Shown(NamedTuple):
+    """What the page makes of the server's answers, one after the other, the last one counting."""
+
+    answers: Sequence[Mapping[str, Any]]
+    card: str  # colour and headline
+    notice: str = ""
+    rows: Sequence[str] | None = None  # colour | status | until | colour | what happened last
+    on: str = "refresh all"  # the buttons that can be pressed
+    waits: int | None = 60  # seconds until it asks again
+    hold: str = ""
+    saved: Mapping[str, str] = {}  # what this tab knows from before
+
+
+BOTH = shown("PRIMARY"), shown("WEBSOCKET1")
+OLD = "good | VALID | until 26 Nov 03:30 | none | Generated 25 Nov 08:15"
+GONE = shown("PRIMARY", "NOT FOUND", validityAt=None, generatedAt=None)
+FOLLOWED = {"job": "jobs/1"}
+LONG = "the broker calls the login page's version outdated. Run again later, or use --flow V3."
+SHOWN = (
+    Shown([report(*BOTH)], "good All 2 tokens are valid until 26 Nov 03:30.", rows=[OLD, OLD]),
+    Shown([report(BOTH[0], BOTH[1] | {"validityAt": "2026-11-25 21:00:00"})],
+          "good All 2 tokens are valid until 25 Nov 21:00."),
+    Shown([report(BOTH[0])], "good The token is valid until 26 Nov 03:30."),
+    Shown([report(GONE, shown("WEBSOCKET1", "INVALID", "401"), shown("WEBSOCKET2", "EXPIRED"), BOTH[1])],
+          "bad 3 of 4 tokens need generating.", on="refresh missing all", waits=10, rows=[
+              "bad | NOT FOUND |  | none | –",
+              "bad | INVALID (401) |  | none | Generated 25 Nov 08:15",
+              "bad | EXPIRED |  | none | Generated 25 Nov 08:15", OLD]),
+    Shown([report(GONE, BOTH[1])], "bad 1 of 2 tokens needs generating.", on="refresh missing all",
+          waits=10),
+    Shown([report(shown("PRIMARY", "UNKNOWN", "503"), BOTH[1])],
+          "none 1 of 2 tokens are valid, 1 unknown.",
+          rows=["none | UNKNOWN (503) |  | none | Generated 25 Nov 08:15", OLD]),
+    # what happened last, whoever did it
+    Shown([report(GONE | attempt("FAILED", reason=LONG),
+                  shown("WEBSOCKET1", "EXPIRED", **attempt("FAILED", "REST", LONG)),
+                  shown("WEBSOCKET2", **attempt("FAILED", "MENU", "short.")),
+                  shown("WEBSOCKET3", **attempt("FAILED", "X", "short.")),
+                  shown("OPTIONCHAIN1", **attempt("GENERATED", "WEBHOOK")),
+                  shown("OPTIONCHAIN2", **attempt("FAILED", at="2026-11-25 03:35:00")))],
+          "bad 2 of 6 tokens need generating.", on="refresh missing all", waits=10, rows=[
+              "bad | NOT FOUND |  | bad | Failed 25 Nov 08:20 (cron or command line): the broker calls the "
+              "login page's version outdated. Run again later, or use “Approve on phone”.",
+              "bad | EXPIRED |  | bad | Failed 25 Nov 08:20 (web page or HTTP): as above.",
+              OLD.replace("none | Generated 25 Nov 08:15", "bad | Failed 25 Nov 08:20 (menu): short."),
+              OLD.replace("none | Generated 25 Nov 08:15", "bad | Failed 25 Nov 08:20 (X): short."),
+              OLD.replace("08:15", "08:20 (approved on the phone)"), OLD]),
+    Shown([report(*BOTH, hold="the last PIN that was sent did not lead to a login")],
+          "good All 2 tokens are valid until 26 Nov 03:30.",
+          hold="Logins are on hold: the last PIN that was sent did not lead to a login. Correct the "
+               "settings, or go ahead from the menu on the server. Approval on the phone works all the same."),
+    # the server cannot tell, or does not want to
+    Shown([report(*BOTH), {"status": refused(503, "The database is locked. Use --flow SELENIUM.")}],
+          "bad The server could not check the tokens.", "The database is locked. Use “Browser login”.",
+          rows=[OLD, OLD], on="refresh", waits=10),
+    Shown([{"status": "reset"}], "bad The server does not answer.", "The table is as of the last check.",
+          on="refresh", waits=10),
+    Shown([{"status": Reply(502, "<html>")}, report(*BOTH)],
+          "good All 2 tokens are valid until 26 Nov 03:30."),
+    Shown([{"status": refused(401, "the key is missing or wrong")}], "none This server asks for its key.",
+          "It is UPSTOX_SERVE_KEY of the server. This tab keeps it until it is closed.",
+          on="refresh key-save", waits=None),
+    Shown([{"status": refused(401, "the key is missing or wrong")}], "bad This server asks for its key.",
+          "It did not accept this one.", on="refresh key-save", waits=None, saved={"secret": KEY}),
+    # a run, as long as it lasts
+    Shown([report(GONE, *BOTH[1:]) | job("RUNNING", PRIMARY="RUNNING PIN sent", WEBSOCKET1="PENDING")],
+          "busy Generating: 0 of 2 done.", "The run goes on even when this page is closed.", rows=[
+              "bad | NOT FOUND |  | busy | Running: PIN sent",
+              "good | VALID | until 26 Nov 03:30 | none | Queued"], on="refresh", waits=1, saved=FOLLOWED),
+    Shown([report(GONE, *BOTH[1:]) | job("RUNNING", PRIMARY="DONE VALID", WEBSOCKET1="FAILED no.")],
+          "busy Generating: 1 of 2 done.", "The run goes on even when this page is closed.", rows=[
+              "good | VALID |  | good | Generated just now",
+              "good | VALID | until 26 Nov 03:30 | bad | Failed: no."],
+          on="refresh", waits=1, saved=FOLLOWED),
+    Shown([report(*BOTH) | job("WAITING_FOR_OPERATOR", "PRIMARY: solve the CAPTCHA in the browser window",
+                              PRIMARY="RUNNING", WEBSOCKET1="SKIPPED")],
+          "wait Your turn: 0 of 2 done.",
+          "PRIMARY: solve the CAPTCHA in the browser window. The window is on the server’s screen and waits "
+          "up to 5 minutes. The run goes on by itself.", on="refresh", waits=1, saved=FOLLOWED),
+    Shown([report(*BOTH) | job("WAITING_FOR_OPERATOR", "Approve on the phone: PRIMARY (15 min left)",
+                              PRIMARY="RUNNING")], "wait Your turn: 0 of 1 done.",
+          "Approve on the phone: PRIMARY (15 min left). Open the Upstox app there. The run goes on by itself.",
+          on="refresh", waits=1, saved=FOLLOWED),
+    # and how it ended
+    Shown([report(GONE, BOTH[1]) | job("RUNNING", PRIMARY="RUNNING"),
+           report(*BOTH) | job("DONE", "1 of 1 generated.", PRIMARY="DONE VALID")],
+          "good All 2 tokens are valid until 26 Nov 03:30.", "Last run, 25 Nov 08:30: 1 of 1 generated.",
+          rows=[OLD, OLD], saved=FOLLOWED),
+    Shown([report(*BOTH) | job("RUNNING", PRIMARY="RUNNING"),
+           report(*BOTH) | job("FAILED", "0 of 1 generated. PRIMARY: failed: " + LONG,
+                              PRIMARY="FAILED " + LONG)],
+          "good All 2 tokens are valid until 26 Nov 03:30.", "bad Last run, 25 Nov 08:30: 0 of 1 generated.",
+          rows=["good | VALID | until 26 Nov 03:30 | bad | Failed: the broker calls the login page's version "
+                "outdated. Run again later, or use “Approve on phone”.", OLD], saved=FOLLOWED),
+    Shown([report(GONE, BOTH[1]) | job("RUNNING", PRIMARY="RUNNING", WEBSOCKET1="PENDING"),
+           report(GONE, BOTH[1]) | job("FAILED", "0 of 2 generated.", PRIMARY="FAILED no.",
+                                      WEBSOCKET1="SKIPPED the run stopped at PRIMARY")],
+          "bad 1 of 2 tokens needs generating.", "bad Last run, 25 Nov 08:30: 0 of 2 generated.",
+          rows=["bad | NOT FOUND |  | bad | Failed: no.",
+                "good | VALID | until 26 Nov 03:30 | none | Not tried: the run stopped at PRIMARY"],
+          on="refresh missing all", waits=10, saved=FOLLOWED),
+    # somebody else ran meanwhile, or the server began anew: what this page followed is history
+    Shown([report(*BOTH) | job("RUNNING", PRIMARY="RUNNING"),
+           report(*BOTH) | job("FAILED", "0 of 1 generated.", PRIMARY="FAILED no."),
+           report(BOTH[0] | attempt("GENERATED", "CLI", at="2026-11-25 08:31:00"), BOTH[1])],
+          "good All 2 tokens are valid until 26 Nov 03:30.", saved=FOLLOWED,
+          rows=[OLD.replace("08:15", "08:31 (cron or command line)"), OLD]),
+    Shown([report(*BOTH) | job("RUNNING", PRIMARY="RUNNING"), report(*BOTH)],
+          "good All 2 tokens are valid until 26 Nov 03:30.", rows=[OLD, OLD], saved=FOLLOWED),
+    Shown([report(*BOTH) | job("DONE", "1 of 1 generated.", PRIMARY="DONE VALID")],  # of long ago
+          "good All 2 tokens are valid until 26 Nov 03:30.", rows=[OLD, OLD], saved=FOLLOWED))
+# the page's timers run when the test says so, and it may be told that nobody looks
+TIMERS = """
+window.timers = [];
+window.setTimeout = (work, ms) => timers.push({work, ms});
+window.clearTimeout = place => { delete timers[place - 1]; };
+Object.defineProperty(document, 'hidden', {get: () => window.away});
+"""
+PAGE_SHOWS = """
+const text = e => e.innerText.trim(), $ = css => document.querySelector(css);
+const visible = e => e.checkVisibility() && !e.matches(':disabled');
+const rows = [...document.querySelectorAll('tbody tr')].map(tr => [tr.className, text(tr.querySelector('.status')),
+  text(tr.querySelector('.until')), tr.querySelector('.job').className.replace('job ', ''),
+  text(tr.querySelector('.job'))].join(' | '));
+return {card: `${$('#card').className} ${text($('#summary'))}`, title: document.title, hold: text($('#hold')),
+  notice: `${$('#notice').className} ${text($('#notice'))}`.trim(), rows,
+  on: [...document.querySelectorAll('button')].filter(visible).map(e => e.id).join(' '),
+  waits: timers.filter(Boolean).map(({ms}) => ms / 1000)};
+"""
+
+
 class DashboardTest(BrowserCase, PhoneCase):
     """Runs by flow V3, so that the only browser is the one that shows the page."""
 
@@ -5344,9 +5529,12 @@ class DashboardTest(BrowserCase, PhoneCase):
         self.addCleanup(self.page.get_log, "browser")  # nothing is left for the next test
         self.addCleanup(self.page.get, "about:blank")
 
-    def show(self, world: World, width: int = 1280) -> None:
+    def size(self, width: int) -> None:
         self.page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
             "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500})
+
+    def show(self, world: World, width: int = 1280) -> None:
+        self.size(width)
         self.page.get(f"http://{self.place(world)}/")
 
     def find(self, css: str) -> Any:
@@ -5366,12 +5554,155 @@ class DashboardTest(BrowserCase, PhoneCase):
     def colour(self, css: str) -> str:
         return self.find(css).value_of_css_property("color")
 
-    def assert_calm(self) -> None:
+    def assert_calm(self, told: str = "Security|Uncaught| 404 ") -> None:
         """Nothing sticks out sideways, no policy was violated, no request failed."""
         wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         self.assertLessEqual(self.page.execute_script(wide), 0)
         log = [entry["message"] for entry in self.page.get_log("browser")]
-        self.assertEqual([line for line in log if re.search("Security|Uncaught| 404 ", line)], [])
+        self.assertEqual([line for line in log if re.search(told, line)], [])
+
+    def stage(self) -> Stage:
+        """The page of a real server, with answers of the test's own; its timers stand still."""
+        world = self.served()
+        stage = Stage(world.ask(path="/"))
+        world.stop()
+        self.addCleanup(stage.server.server_close)
+        threading.Thread(target=stage.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.addCleanup(stage.server.shutdown)
+        timers = self.page.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": TIMERS})
+        self.addCleanup(self.page.execute_cdp_cmd, "Page.removeScriptToEvaluateOnNewDocument", timers)
+        zone = "Emulation.setTimezoneOverride"  # the page shows the server's time
+        self.page.execute_cdp_cmd(zone, {"timezoneId": "Asia/Kolkata"})
+        self.addCleanup(self.page.execute_cdp_cmd, zone, {"timezoneId": ""})
+        return stage
+
+    def load(self, stage: Stage, answers: Mapping[str, Any], saved: Mapping[str, str] = {}) -> None:
+        """The page anew, in a tab that knows this much."""
+        stage.answers = answers
+        self.page.get(stage.server.url + "/blank")
+        self.page.execute_script("sessionStorage.clear(); Object.assign(sessionStorage, arguments[0])", saved)
+        self.page.get(stage.server.url)
+
+    def later(self, looks: int) -> None:
+        """When it has looked so often: the time until the next look is over."""
+        self.looked(looks)
+        self.page.execute_script("timers.filter(Boolean).at(-1).work()")
+
+    def looked(self, times: int) -> None:
+        World.until(lambda: self.page.execute_script("return timers.length") == times)
+
+    def test_what_it_shows(self) -> None:
+        stage = self.stage()
+
+        def work(row: Shown) -> None:
+            self.size(1280)
+            self.load(stage, row.answers[0], row.saved)
+            for looks, answers in enumerate(row.answers[1:], 1):
+                self.looked(looks)
+                stage.answers = answers
+                self.later(looks)
+            headline = row.card.partition(" ")[2]
+            if row.waits:
+                self.looked(len(row.answers))
+            self.reads("#summary", re.escape(headline))
+            seen = self.page.execute_script(PAGE_SHOWS)
+            rows = seen.pop("rows")
+            self.assertEqual(seen, {
+                "card": row.card, "title": headline + " Upstox tokens", "notice": row.notice, "on": row.on,
+                "waits": [row.waits] if row.waits else [], "hold": row.hold})
+            if row.rows is not None:
+                self.assertEqual(rows, row.rows)
+            self.size(320)
+            self.assert_calm("Security|Uncaught")
+
+        self.table(work, SHOWN)
+
+    def test_what_it_asks_for(self) -> None:
+        """Each button and each look: what is sent, and what is said of the answer."""
+        from selenium.webdriver.common.keys import Keys
+        stage, gate = self.stage(), threading.Event()
+        tokens = report(GONE, BOTH[1])
+
+        def accepted() -> Reply:
+            gate.wait(20)
+            return json_reply({"jobId": "1", "state": "RUNNING", "apiNames": ["PRIMARY"]}, 202)
+
+        running = tokens | {"generate": accepted} | job("RUNNING", PRIMARY="RUNNING")
+        ended = tokens | {"generate": accepted} | job("DONE", PRIMARY="DONE VALID")
+        self.load(stage, running)
+        self.looked(1)
+        self.assertEqual(stage.heard(), ["status"])
+        self.find("#missing").click()  # about to start: nothing can be pressed twice
+        self.reads("#summary", "^Generating: starting…$")
+        self.assertEqual(self.page.execute_script(PAGE_SHOWS)["on"], "refresh")
+        self.assertEqual(self.page.switch_to.active_element.get_attribute("id"), "summary")
+        gate.set()
+        self.looked(2)
+        self.assertEqual(stage.heard(), [{"mode": "INVALID_ONLY", "flow": "SELENIUM"}, "jobs/1"])
+        self.later(2)  # the tokens are asked for again when the run has ended
+        self.looked(3)
+        self.assertEqual(stage.heard(), ["jobs/1"])
+        stage.answers = ended
+        self.later(3)
+        self.looked(4)
+        self.assertEqual(stage.heard(), ["jobs/1", "status"])
+        for box in self.page.find_elements("css selector", "tbody input"):
+            box.click()
+        self.reads("#selected", r"^Generate selected \(2\)$")
+        self.find("#flow").send_keys("Approve")
+        self.find("#selected").click()
+        self.looked(5)
+        self.assertEqual(stage.heard(), [
+            {"mode": "PARTIAL", "apiNames": ["PRIMARY", "WEBSOCKET1"], "flow": "V3"}, "jobs/1", "status"])
+        self.assertEqual(self.text("#selected"), "Generate selected (0)")
+        self.find("#all").click()
+        self.find("#confirm-no").click()
+        self.assertEqual(stage.heard(), [])
+        self.find("#all").click()
+        self.find("#confirm-yes").click()
+        self.looked(6)
+        self.assertEqual(stage.heard(), [{"mode": "ALL", "flow": "V3"}, "jobs/1", "status"])
+        # a refusal is told until the next look; perhaps another run is in the way, which is followed then
+        stage.answers = tokens | {"generate": refused(409, "Another run is busy.")}
+        self.find("#missing").click()
+        self.looked(7)
+        self.assertEqual(self.page.execute_script(PAGE_SHOWS)["notice"], "bad Another run is busy.")
+        self.assertEqual(stage.heard()[1:], ["jobs/latest", "status"])
+        self.later(7)
+        self.looked(8)
+        self.assertEqual(self.text("#notice"), "")
+        stage.answers = tokens | {"generate": "reset"}
+        self.find("#missing").click()
+        self.looked(9)
+        self.reads("#notice", "^No answer came. If the run has begun, it will show here.$")
+        stage.heard()
+        # when nobody looks it asks seldom, and at once when somebody does again
+        for looks, away in ((9, True), (10, False)):
+            self.page.execute_script("window.away = arguments[0]; "
+                                     "document.dispatchEvent(new Event('visibilitychange'))", away)
+            self.looked(looks + 1)
+            self.assertEqual(stage.heard(), ["status"])
+            waits = self.page.execute_script(PAGE_SHOWS)["waits"]
+            self.assertEqual(waits, [600 if away else 10])
+        # a key that was changed meanwhile
+        stage.answers = {"status": refused(401, "the key is missing or wrong")}
+        self.find("#refresh").click()
+        self.reads("#summary", "asks for its key")
+        key = self.page.switch_to.active_element
+        self.assertEqual([key.get_attribute(name) for name in ("id", "type")], ["key", "password"])
+        key.send_keys("no key", Keys.ENTER)
+        self.assertFalse(self.page.execute_script("return arguments[0].checkValidity()", key))
+        stage.heard()
+        key.clear()
+        stage.answers = report(*BOTH)
+        key.send_keys(KEY, Keys.ENTER)
+        self.reads("#summary", "All 2 tokens are valid")
+        self.assertEqual([one.headers["Authorization"] for one in stage.asked], [f"Bearer {KEY}"])
+        self.assertEqual(key.get_attribute("value"), "")
+        self.page.refresh()  # this tab keeps it, and nothing else does
+        self.reads("#summary", "All 2 tokens are valid")
+        kept = self.page.execute_script("return document.cookie + JSON.stringify(localStorage)")
+        self.assertNotIn(KEY, self.page.page_source + kept)
 
     def test_a_morning(self) -> None:
         for width, story in ((1280, [self.generate_missing, self.force_all_is_asked_first]),
@@ -5457,44 +5788,6 @@ class DashboardTest(BrowserCase, PhoneCase):
         self.find("tr[data-api=PRIMARY] input[type=checkbox]").click()
         self.find("#selected").click()
         self.reads("#notice", "busy")
-
-    def test_hold_of_the_night(self) -> None:
-        """When cron's run failed, why, and what to do about it."""
-        world = self.served(apps=1, seed=bad_night, limits=SOON, env={
-            "UPSTOX_MOBILE_NUMBER": MOBILE, "UPSTOX_PIN": PIN, "UPSTOX_TOTP": TOTP_SECRET})
-        self.show(world, 390)
-        self.reads("#summary", "needs? generating")
-        self.assertEqual(self.find("#flow").get_attribute("value"), "SELENIUM")
-        self.reads("#hold", "on hold.*PIN")
-        self.assertTrue(self.find("#hold").is_displayed())
-        self.reads("tr[data-api=PRIMARY] .job",
-                   r"Failed \d+ \w+ \d\d:\d\d \(cron or command line\)")
-        world.write_env(UPSTOX_PIN="111222")
-        self.find("#refresh").click()
-        world.until(lambda: not self.find("#hold").is_displayed())
-        self.assert_calm()
-
-    def test_key(self) -> None:
-        """Asked for, kept for this tab only, and asked for again when it is no longer right."""
-        world = self.served(apps=1, seed=World.seed_valid, env={"UPSTOX_SERVE_KEY": KEY})
-        self.show(world, 390)
-        world.until(lambda: self.find("#key").is_displayed())
-        for key, shown, words in (("wrong-key-of-16-characters", "#notice", "not accept"),
-                                  (KEY, "#summary", "valid until")):
-            self.find("#key").send_keys(key)
-            self.find("#key-save").click()
-            self.reads(shown, words)
-        self.assertFalse(self.find("#key").is_displayed())
-        self.page.refresh()
-        self.reads("#summary", "valid until")
-        kept = self.page.execute_script("return document.cookie + JSON.stringify(localStorage)")
-        self.assertNotIn(KEY, self.page.page_source + kept)
-        world.stop()
-        world.write_env(UPSTOX_SERVE_KEY=KEY[::-1])
-        world.serve(self.place(world))
-        self.find("#refresh").click()
-        world.until(lambda: self.find("#key").is_displayed())
-        self.assert_calm()
 
 
 # ---- stress: what was tried and what was lost
