@@ -43,7 +43,7 @@ What is known of the broker -> the switch that shows it ("always": without one)
     connection lost: "Request aborted [500]" -> ..._answer: reset
 
 Nobody has seen these; a changed page, or a stranger in between, would look like it: rename,
-page="terms", the answers terms, consent, silent and foreign, leave_on_input, clears,
+page="terms", the answers terms, consent, silent and foreign, leave_on_input, clears, loses,
 pin_autosubmit, jam, hops, by_script, unguarded, counter, late_words, keep_hidden_inputs, rewritten,
 hooks, down, and the API's hang, drip, endless and gzip.
 
@@ -242,6 +242,7 @@ class Switches:
     unguarded: bool = False  # the page would send again what it is sending already
     counter: int | None = None  # a line that counts, every so many ms, stands beside the PIN
     clears: str = ""  # id of a field that empties itself once it is complete
+    loses: str = ""  # id of a field that keeps three digits only
     late_name: int | None = None  # ms after the PIN's last digit until the heading knows the name
     late_words: str = ""  # a line that comes just after the PIN's last digit, and stays
     spinner: int = 0  # ms of an overlay once a field is complete (chromedriver waits about 1000)
@@ -276,7 +277,7 @@ class Switches:
 PAGE_SWITCHES = (  # what the login page itself has to know
     "page", "remember", "lead_phone", "otp_mask", "otp_button_always_enabled", "rename", "spinner",
     "keep_hidden_inputs", "toast_ms", "captcha", "captcha_form", "otp_autosubmit", "pin_autosubmit",
-    "jam", "hops", "by_script", "unguarded", "counter", "clears", "rerender",
+    "jam", "hops", "by_script", "unguarded", "counter", "clears", "loses", "rerender",
     "leave_on_input", "hooks", "late_name", "late_words")
 
 BLANK_PAGE = """<!doctype html>
@@ -530,6 +531,7 @@ document.addEventListener("input", ({target}) => {
   if (CFG.leave_on_input === name) return location.replace(CFG.away + FIELDS.indexOf(name));
   if (name === "otpNum") state.otpNum = CFG.otp_mask ? digits.slice(0, 6) : digits;
   else if (pure && digits.length <= 10) state[name] = digits;
+  if (CFG.loses === name) state[name] = digits.slice(0, 3);
   state.info = "";
   refresh();
   if (digits.length === (name === "mobileNum" ? 10 : 6)) complete(name);
@@ -2282,10 +2284,13 @@ VALUES: dict[str, tuple[str, list[str], list[str]]] = {  # key: what is said, of
         ["749216", "not base32 at all 1890", TOTP_SECRET[:16], TOTP_SECRET[:-1] + "!"],
         [TOTP_SECRET.lower(), "  ".join(re.findall("....", TOTP_SECRET))]),
     "UPSTOX_REDIRECT_URI": (
-        "must be the http or https URL registered with the apps",
+        "must be the http or https URL registered with the apps, spelled as a browser shows it",
         ["localhost:28020/callback", "ftp://localhost/", "http://", "http://:80/", "http://a:x/",
-         "http://a:0/"],
-        ["https://example.com", "http://localhost:28020/cb?x=1"]),
+         "http://a:0/", *(f"http://{place}" for place in (
+             "127.1/cb", "127.0.0.01/", "2130706433/", "localhost.0x7f/", "[0::1]/", "%6cocalhost/",
+             "localhost./", "a/b/../c", "a/b/.", "a/%2E%2e/c", "a\\b"))],
+        ["https://example.com", "http://localhost:28020/cb?x=1", "http://[::1]:9/x", "http://127.0.0.1",
+         "https://A-b_c.Example.com:8443/.well-known/x.y/..z?a=../b"]),
     "UPSTOX_NOTIFIER_WEBHOOK_URI": (
         "must be the http or https URL registered with the apps and have a path of its own",
         ["my.host/hook", "https://my.host", "https://my.host/", "https://my.host/healthz",
@@ -2519,7 +2524,7 @@ STORED_RULES: list[Any] = [  # script; what is said, or the summary; settings
     stored(f"client_id = '{APPS['PRIMARY'][0]}'", 2, "CLIENT_ID", "is used by two apps"),
     stored("client_secret = ''", 1, "CLIENT_SECRET", UNSET),
     stored("redirect_uri = 'nowhere'", 1, "REDIRECT_URI",
-           "must be the http or https URL registered with the app"),
+           "must be the http or https URL registered with the apps, spelled as a browser shows it"),
     stored(UPDATE + "api_index = 6 WHERE api_index = 5;", 6, "CLIENT_ID",
            "at most six apps, numbered 0 to 5"),
     stored("DELETE FROM upstox_api_configs WHERE api_index = 2;", 2, "CLIENT_ID",
@@ -3223,7 +3228,7 @@ sys.exit(f'ended with {codes}' if any(codes) else 0)"""
         text = PROGRAM.read_text(encoding="utf-8")
         lengths = {node.name: node.end_lineno - node.lineno + 1
                    for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)}
-        self.assertLessEqual(len(text.splitlines()), 3475)
+        self.assertLessEqual(len(text.splitlines()), 3485)
         self.assertLessEqual(max(map(len, text.splitlines())), 120)
         self.assertEqual({name: lines for name, lines in lengths.items() if lines > 45}, {})
 
@@ -3289,7 +3294,7 @@ class LoginCase(BrowserCase):
         super().setUp()
         # a toast has gone by then, and a page's patience ends before the broker's
         self.enter(mock.patch.multiple(
-            upstox_tokens, PAGE_SECONDS=5, OUTCOME_SECONDS=6, CAPTCHA_SECONDS=1,
+            upstox_tokens, PAGE_SECONDS=5, OUTCOME_SECONDS=6, KEYS_SECONDS=1, CAPTCHA_SECONDS=1,
             CAPTCHA_HEADED_SECONDS=40, EXCHANGE_SECONDS=2, STORE_SECONDS=1))
 
     def check(self, world: World, done: Done, code: int, sentences: Sequence[str],
@@ -3524,6 +3529,7 @@ LOGINS: list[Any] = [
     slow(stranger({"leave_on_input": "mobileNum"}, FOREIGN, (0, 0, 0))),
     slow(stranger({"leave_on_input": "otpNum"}, FOREIGN, (1, 0, 0))),
     stranger({"leave_on_input": "pinCode"}, FOREIGN, (1, 1, 0)),
+    stranger({"loses": "pinCode"}, r"It does not keep what is typed \(pin\)", (1, 1, 0)),
     slow(stranger({"page": "terms"}, TERMS, (0, 0, 0))),
     slow(stranger({"mobile_answer": "terms"}, TERMS, (1, 0, 0))),
     stranger({"otp_answer": "terms"}, TERMS, (1, 1, 0)),
@@ -3617,8 +3623,8 @@ class PinTest(LoginCase):
     # what the page does, what is said of it, whether the PIN was refused in words or the account
     # is locked, exit code while one more unattended try is allowed, PINs that reach the broker
     ANSWERS: list[Any] = [
-        ({"pin_autosubmit": 0, "by_script": True, "pin_answer": "silent"}, "PIN.* said nothing",
-         False, 1, 1),
+        ({"pin_autosubmit": 0, "by_script": True, "pin_answer": "silent", "counter": 400,
+          "late_name": 900}, "PIN.* said nothing", False, 1, 1),
         ({"pin_answer": "consent"}, 'not know.*"Allow access to your account', False, 3, 1),
         ({"clears": "pinCode", "pin_autosubmit": 0, "pin_answer": "silent"}, "PIN", False, 1, 1),
         ({"pin_autosubmit": 0, "by_script": True, "unguarded": True, "toast_ms": 60_000,
@@ -5494,6 +5500,11 @@ window.setTimeout = (work, ms) => timers.push({work, ms});
 window.clearTimeout = place => { delete timers[place - 1]; };
 Object.defineProperty(document, 'hidden', {get: () => window.away});
 """
+WATCH = """
+window.touched = 0;
+new MutationObserver(seen => { touched += seen.length; })
+  .observe(document.body, {subtree: true, childList: true, characterData: true});
+"""
 PAGE_SHOWS = """
 const text = e => e.innerText.trim(), $ = css => document.querySelector(css);
 const visible = e => e.checkVisibility() && !e.matches(':disabled');
@@ -5629,9 +5640,19 @@ class DashboardTest(BrowserCase, PhoneCase):
 
         running = tokens | {"generate": accepted} | job("RUNNING", PRIMARY="RUNNING")
         ended = tokens | {"generate": accepted} | job("DONE", PRIMARY="DONE VALID")
+        self.load(stage, {"status": lambda: gate.wait(20) and json_reply(tokens["status"])})
+        self.reads("#summary", "^Checking the tokens…$")
+        self.assertEqual(self.page.execute_script(PAGE_SHOWS)["on"], "refresh")
+        gate.set()
+        self.looked(1)
+        self.page.execute_script(WATCH)
+        self.later(1)
+        self.looked(2)
+        self.assertEqual(self.page.execute_script("return touched"), 0)  # nothing is announced twice
+        gate.clear()
         self.load(stage, running)
         self.looked(1)
-        self.assertEqual(stage.heard(), ["status"])
+        stage.heard()
         self.find("#missing").click()  # about to start: nothing can be pressed twice
         self.reads("#summary", "^Generating: starting…$")
         self.assertEqual(self.page.execute_script(PAGE_SHOWS)["on"], "refresh")
@@ -5663,21 +5684,30 @@ class DashboardTest(BrowserCase, PhoneCase):
         self.looked(6)
         self.assertEqual(stage.heard(), [{"mode": "ALL", "flow": "V3"}, "jobs/1", "status"])
         # a refusal is told until the next look; perhaps another run is in the way, which is followed then
-        stage.answers = tokens | {"generate": refused(409, "Another run is busy.")}
+        busy = {"generate": refused(409, "Another run is busy."),
+                "jobs/latest": job("DONE", "1 of 1 generated.", PRIMARY="DONE VALID")["jobs/1"]}
+        stage.answers = report(*BOTH) | busy
         self.find("#missing").click()
         self.looked(7)
-        self.assertEqual(self.page.execute_script(PAGE_SHOWS)["notice"], "bad Another run is busy.")
+        seen = self.page.execute_script(PAGE_SHOWS)
+        self.assertEqual((seen["notice"], seen["waits"]), ("bad Another run is busy.", [10]))
         self.assertEqual(stage.heard()[1:], ["jobs/latest", "status"])
+        stage.answers = tokens | busy
         self.later(7)
         self.looked(8)
         self.assertEqual(self.text("#notice"), "")
-        stage.answers = tokens | {"generate": "reset"}
         self.find("#missing").click()
         self.looked(9)
+        gate.clear()
+        stage.answers = tokens | {"generate": lambda: gate.wait(20) and "reset"}
+        self.find("#missing").click()
+        self.reads("#notice", "^The run goes on")  # and no longer that another one is busy
+        gate.set()
+        self.looked(10)
         self.reads("#notice", "^No answer came. If the run has begun, it will show here.$")
         stage.heard()
         # when nobody looks it asks seldom, and at once when somebody does again
-        for looks, away in ((9, True), (10, False)):
+        for looks, away in ((10, True), (11, False)):
             self.page.execute_script("window.away = arguments[0]; "
                                      "document.dispatchEvent(new Event('visibilitychange'))", away)
             self.looked(looks + 1)
@@ -5688,6 +5718,7 @@ class DashboardTest(BrowserCase, PhoneCase):
         stage.answers = {"status": refused(401, "the key is missing or wrong")}
         self.find("#refresh").click()
         self.reads("#summary", "asks for its key")
+        self.assertFalse(self.find("#actions").is_displayed() or self.find("#tokens").is_displayed())
         key = self.page.switch_to.active_element
         self.assertEqual([key.get_attribute(name) for name in ("id", "type")], ["key", "password"])
         key.send_keys("no key", Keys.ENTER)
@@ -5699,6 +5730,7 @@ class DashboardTest(BrowserCase, PhoneCase):
         self.reads("#summary", "All 2 tokens are valid")
         self.assertEqual([one.headers["Authorization"] for one in stage.asked], [f"Bearer {KEY}"])
         self.assertEqual(key.get_attribute("value"), "")
+        self.assertEqual(self.page.switch_to.active_element.get_attribute("id"), "summary")
         self.page.refresh()  # this tab keeps it, and nothing else does
         self.reads("#summary", "All 2 tokens are valid")
         kept = self.page.execute_script("return document.cookie + JSON.stringify(localStorage)")

@@ -519,6 +519,18 @@ def is_brokers(url: str) -> bool:
             and bool(re.fullmatch(r"([a-z0-9-]+\.)*upstox\.com", parts.hostname or "")))
 
 
+def is_redirect(value: str) -> bool:
+    """An URL that a browser leaves as it is: it is by its spelling that the code is kept in the browser."""
+    parts = web_address(value)
+    if parts is None or re.search(r"/(\.|%2e){1,2}(/|$)|\\", parts.path, re.I):
+        return False
+    host = parts.hostname or ""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.suppress(OSError):  # it is a name
+        return socket.inet_ntop(family, socket.inet_pton(family, host)) == host
+    return bool(re.fullmatch(r"([a-z0-9_-]+\.)*[a-z_-][a-z0-9_-]*", host))
+
+
 def is_base_url(value: str) -> bool:
     """Tokens and client secrets are sent there: the broker or this machine, no path."""
     return bool(re.fullmatch("https?://[^/?#@]+/*", value)) and (is_brokers(value) or is_local(value))
@@ -543,13 +555,14 @@ def is_totp_secret(value: str) -> bool:
     return False
 
 
+REDIRECT_RULE = "must be the http or https URL registered with the apps, spelled as a browser shows it"
 RULES: dict[str, tuple[Callable[[str], object], str]] = {
     "UPSTOX_MOBILE_NUMBER": (re.compile(r"[6-9][0-9]{9}").fullmatch,
                              "must be 10 digits beginning 6-9, without +91"),
     "UPSTOX_PIN": (re.compile(r"[0-9]{6}").fullmatch, "must be 6 digits"),
     "UPSTOX_TOTP": (is_totp_secret, "must be the base32 secret shown when TOTP was switched on, not a code; "
                                     "at least 112 bits (23 characters)"),
-    "UPSTOX_REDIRECT_URI": (web_address, "must be the http or https URL registered with the apps"),
+    "UPSTOX_REDIRECT_URI": (is_redirect, REDIRECT_RULE),
     "UPSTOX_NOTIFIER_WEBHOOK_URI": (is_notifier, "must be the http or https URL registered with the apps and "
                                                  "have a path of its own"),
     "UPSTOX_BASE_URL": (is_base_url, "must be https on upstox.com or a name under it, or http(s) on this "
@@ -598,9 +611,8 @@ def check_apps(apps: Sequence[App], label: str) -> list[str]:
             if problem:
                 problems.append(f"{label.format(field, app.index)}: {problem}")
         used |= {app.name, app.client_id}
-        if app.redirect_uri and not web_address(app.redirect_uri):
-            problems.append(f"{label.format('REDIRECT_URI', app.index)}: must be the http or https URL "
-                            "registered with the app")
+        if app.redirect_uri and not is_redirect(app.redirect_uri):
+            problems.append(f"{label.format('REDIRECT_URI', app.index)}: {REDIRECT_RULE}")
     return problems
 
 
