@@ -2289,8 +2289,8 @@ VALUES: dict[str, tuple[str, list[str], list[str]]] = {  # key: what is said, of
          "http://a:0/", *(f"http://{place}" for place in (
              "127.1/cb", "127.0.0.01/", "2130706433/", "localhost.0x7f/", "[0::1]/", "%6cocalhost/",
              "localhost./", "a/b/../c", "a/b/.", "a/%2E%2e/c", "a\\b"))],
-        ["https://example.com", "http://localhost:28020/cb?x=1", "http://[::1]:9/x", "http://127.0.0.1",
-         "https://A-b_c.Example.com:8443/.well-known/x.y/..z?a=../b"]),
+        ["https://example.com", "http://localhost:28020/cb?x=1", "http://[::1]:9/x",
+         "http://127.0.0.1", "https://A-b_c.Example.com:8443/.well-known/x.y/..z?a=../b"]),
     "UPSTOX_NOTIFIER_WEBHOOK_URI": (
         "must be the http or https URL registered with the apps and have a path of its own",
         ["my.host/hook", "https://my.host", "https://my.host/", "https://my.host/healthz",
@@ -2984,7 +2984,8 @@ class ReadinessTest(Case):
             world = ready(clock_offset=offset)
             self.check(world)
             self.assertFalse(world.db.exists())
-        self.check(ready(clock_offset=None), clock="unknown, since the broker did not tell the time")
+        timeless = "unknown, since the broker did not tell the time"
+        self.check(ready(clock_offset=None), clock=timeless)
         world.sql("CREATE TABLE orders (id)")
         self.check(world)
         world.seed_guide()
@@ -3000,7 +3001,7 @@ class ReadinessTest(Case):
                    PRIMARY=words, WEBSOCKET1=silent)
         world.write_env(UPSTOX_BASE_URL=f"http://127.0.0.1:{free_port()}")
         self.check(world, broker=silent, PRIMARY=silent, WEBSOCKET1=silent,
-                   clock="unknown, since the broker did not tell the time")
+                   clock=timeless)
         world = ready()
         world.db.write_text("no database " * 99)
         self.check(world, hold="unknown, since the database cannot be read", database=(
@@ -3515,7 +3516,7 @@ LOGINS: list[Any] = [
     slow(codes([WRONG_OTP] * 2, ["TOTP.*UPSTOX_TOTP"], (1, 2, 0))),
     slow(codes(["Incorrect code", "Invalid OTP [1017555]"], ["TOTP.*UPSTOX_TOTP"], (1, 2, 0))),
     slow(codes(["1017076"] * 9, ["session"] * 2, (2, 2, 0))),
-    codes(["1017079"] * 9, ["session.* Run again[.]", "session.* on hold now, so start the menu[.]"],
+    codes(["1017079"] * 9, ["session.* Run again[.]", "session.* on hold now, so start the menu"],
           (2, 2, 0)),
     slow(codes(["silent"] * 9, ["said nothing"] * 2, (2, 2, 0))),
     slow(codes(["reset"] * 9, ["connection"] * 2, (2, 2, 0))),
@@ -3777,7 +3778,8 @@ class CheckTest(LoginCase):
         ({"down": True}, True, {
             "login page": r"failed \(the page did not load\)\. Run again", "clock": "unknown",
             "broker": "no connection|not reach", "PRIMARY": ".", "WEBSOCKET1": "."}),
-        slow(({"page": "blank"}, True, {"login page": r"failed \(the page stayed blank\)\. Run again"})),
+        slow(({"page": "blank"}, True, {
+            "login page": r"failed \(the page stayed blank\)\. Run again"})),
     ]
 
     def test_lines(self) -> None:
@@ -5014,8 +5016,8 @@ class PhoneRunTest(PhoneCase):
         self.assertEqual(done.code, 1)
         self.assertIn("Warning: the broker will deliver to https://other.example.com/[hidden], not "
                       "to UPSTOX_NOTIFIER_WEBHOOK_URI. Change one of them", done.err)
-        self.assertIn("Warning: the broker will deliver to an address it does not name, not", done.err)
-        reasons = {"PRIMARY": ".*UDAPI1157.*", "OPTIONCHAIN1": r"not approved in time\. Run again\."}
+        self.assertIn("the broker will deliver to an address it does not name, not", done.err)
+        reasons = {"PRIMARY": ".*UDAPI1157.*", "OPTIONCHAIN1": "not approved in time. Run again[.]"}
         later = r"not approved in time\. Approve it on the phone while --serve runs, or run again\."
         for name in APPS:
             failed = re.search(f"^{name}: failed: {reasons.get(name, later)}$", done.out, re.M)
@@ -5353,13 +5355,14 @@ class Stage:
     def heard(self) -> list[Any]:
         """What was asked for since the last time: paths, and what was posted."""
         asked, self.asked = self.asked, []
-        return [json.loads(one.body) if one.body else one.path.removeprefix(TOKENS) for one in asked]
+        return [json.loads(one.body) if one.body else one.path.removeprefix(TOKENS)
+                for one in asked]
 
 
 def shown(name: str, status: str = "VALID", reason: str = "", **more: Any) -> dict[str, Any]:
     """A token as the HTTP API shows it."""
-    return {"apiName": name, "status": status, "reason": reason, "validityAt": "2026-11-26 03:30:00",
-            "generatedAt": "2026-11-25 08:15:00", "lastAttempt": None} | more
+    return {"apiName": name, "status": status, "reason": reason, "lastAttempt": None,
+            "validityAt": "2026-11-26 03:30:00", "generatedAt": "2026-11-25 08:15:00"} | more
 
 
 def attempt(outcome: str, source: str = "CLI", reason: str | None = None,
@@ -5375,7 +5378,8 @@ def job(state: str, message: str = "", **results: str) -> dict[str, Any]:
     """The job that the page follows; each result is a state and perhaps a message."""
     parts = {name: text.partition(" ") for name, text in results.items()}
     return {"jobs/1": {"jobId": "1", "state": state, "message": message, "results": [
-        {"apiName": name, "state": word, "message": said} for name, (word, _, said) in parts.items()]}}
+        {"apiName": name, "state": word, "message": said}
+        for name, (word, _, said) in parts.items()]}}
 
 
 def refused(code: int, text: str) -> Reply:
@@ -5396,17 +5400,25 @@ class Shown(NamedTuple):
 
 
 BOTH = shown("PRIMARY"), shown("WEBSOCKET1")
+ALL_GOOD = "good All 2 tokens are valid until 26 Nov 03:30."
+GOES_ON = "The run goes on even when this page is closed."
+NO_KEY = {"status": refused(401, "the key is missing or wrong")}
+ON_HOLD = "the last PIN that was sent did not lead to a login"
+CAPTCHA_JOB = "PRIMARY: solve the CAPTCHA in the browser window"
+PHONE_JOB = "Approve on the phone: PRIMARY (15 min left)"
 OLD = "good | VALID | until 26 Nov 03:30 | none | Generated 25 Nov 08:15"
 GONE = shown("PRIMARY", "NOT FOUND", validityAt=None, generatedAt=None)
 FOLLOWED = {"job": "jobs/1"}
 LONG = "the broker calls the login page's version outdated. Run again later, or use --flow V3."
+PLAIN_LONG = LONG.replace("--flow V3", "“Approve on phone”")
 SHOWN = (
-    Shown([report(*BOTH)], "good All 2 tokens are valid until 26 Nov 03:30.", rows=[OLD, OLD]),
+    Shown([report(*BOTH)], ALL_GOOD, rows=[OLD, OLD]),
     Shown([report(BOTH[0], BOTH[1] | {"validityAt": "2026-11-25 21:00:00"})],
           "good All 2 tokens are valid until 25 Nov 21:00."),
     Shown([report(BOTH[0])], "good The token is valid until 26 Nov 03:30."),
-    Shown([report(GONE, shown("WEBSOCKET1", "INVALID", "401"), shown("WEBSOCKET2", "EXPIRED"), BOTH[1])],
-          "bad 3 of 4 tokens need generating.", on="refresh missing all", waits=10, rows=[
+    Shown([report(GONE, shown("WEBSOCKET1", "INVALID", "401"), shown("WEBSOCKET2", "EXPIRED"),
+                  BOTH[1])], "bad 3 of 4 tokens need generating.",
+          on="refresh missing all", waits=10, rows=[
               "bad | NOT FOUND |  | none | –",
               "bad | INVALID (401) |  | none | Generated 25 Nov 08:15",
               "bad | EXPIRED |  | none | Generated 25 Nov 08:15", OLD]),
@@ -5423,59 +5435,58 @@ SHOWN = (
                   shown("OPTIONCHAIN1", **attempt("GENERATED", "WEBHOOK")),
                   shown("OPTIONCHAIN2", **attempt("FAILED", at="2026-11-25 03:35:00")))],
           "bad 2 of 6 tokens need generating.", on="refresh missing all", waits=10, rows=[
-              "bad | NOT FOUND |  | bad | Failed 25 Nov 08:20 (cron or command line): the broker calls the "
-              "login page's version outdated. Run again later, or use “Approve on phone”.",
+              "bad | NOT FOUND |  | bad | Failed 25 Nov 08:20 (cron or command line): " + PLAIN_LONG,
               "bad | EXPIRED |  | bad | Failed 25 Nov 08:20 (web page or HTTP): as above.",
-              OLD.replace("none | Generated 25 Nov 08:15", "bad | Failed 25 Nov 08:20 (menu): short."),
-              OLD.replace("none | Generated 25 Nov 08:15", "bad | Failed 25 Nov 08:20 (X): short."),
+              *(f"good | VALID | until 26 Nov 03:30 | bad | Failed 25 Nov 08:20 ({who}): short."
+                for who in ("menu", "X")),
               OLD.replace("08:15", "08:20 (approved on the phone)"), OLD]),
-    Shown([report(*BOTH, hold="the last PIN that was sent did not lead to a login")],
-          "good All 2 tokens are valid until 26 Nov 03:30.",
-          hold="Logins are on hold: the last PIN that was sent did not lead to a login. Correct the "
-               "settings, or go ahead from the menu on the server. Approval on the phone works all the same."),
+    Shown([report(*BOTH, hold=ON_HOLD)], ALL_GOOD,
+          hold=f"Logins are on hold: {ON_HOLD}. Correct the settings, or go ahead from the menu on "
+               "the server. Approval on the phone works all the same."),
     # the server cannot tell, or does not want to
     Shown([report(*BOTH), {"status": refused(503, "The database is locked. Use --flow SELENIUM.")}],
-          "bad The server could not check the tokens.", "The database is locked. Use “Browser login”.",
-          rows=[OLD, OLD], on="refresh", waits=10),
-    Shown([{"status": "reset"}], "bad The server does not answer.", "The table is as of the last check.",
-          on="refresh", waits=10),
+          "bad The server could not check the tokens.",
+          "The database is locked. Use “Browser login”.", rows=[OLD, OLD], on="refresh", waits=10),
+    Shown([{"status": "reset"}], "bad The server does not answer.",
+          "The table is as of the last check.", on="refresh", waits=10),
     Shown([{"status": Reply(502, "<html>")}, report(*BOTH)],
-          "good All 2 tokens are valid until 26 Nov 03:30."),
-    Shown([{"status": refused(401, "the key is missing or wrong")}], "none This server asks for its key.",
+          ALL_GOOD),
+    Shown([NO_KEY], "none This server asks for its key.",
           "It is UPSTOX_SERVE_KEY of the server. This tab keeps it until it is closed.",
           on="refresh key-save", waits=None),
-    Shown([{"status": refused(401, "the key is missing or wrong")}], "bad This server asks for its key.",
+    Shown([NO_KEY], "bad This server asks for its key.",
           "It did not accept this one.", on="refresh key-save", waits=None, saved={"secret": KEY}),
     # a run, as long as it lasts
-    Shown([report(GONE, *BOTH[1:]) | job("RUNNING", PRIMARY="RUNNING PIN sent", WEBSOCKET1="PENDING")],
-          "busy Generating: 0 of 2 done.", "The run goes on even when this page is closed.", rows=[
+    Shown([report(GONE, BOTH[1]) | job("RUNNING", PRIMARY="RUNNING PIN sent",
+                                       WEBSOCKET1="PENDING")],
+          "busy Generating: 0 of 2 done.", GOES_ON, rows=[
               "bad | NOT FOUND |  | busy | Running: PIN sent",
-              "good | VALID | until 26 Nov 03:30 | none | Queued"], on="refresh", waits=1, saved=FOLLOWED),
-    Shown([report(GONE, *BOTH[1:]) | job("RUNNING", PRIMARY="DONE VALID", WEBSOCKET1="FAILED no.")],
-          "busy Generating: 1 of 2 done.", "The run goes on even when this page is closed.", rows=[
+              "good | VALID | until 26 Nov 03:30 | none | Queued"],
+          on="refresh", waits=1, saved=FOLLOWED),
+    Shown([report(GONE, BOTH[1]) | job("RUNNING", PRIMARY="DONE VALID", WEBSOCKET1="FAILED no.")],
+          "busy Generating: 1 of 2 done.", GOES_ON, rows=[
               "good | VALID |  | good | Generated just now",
               "good | VALID | until 26 Nov 03:30 | bad | Failed: no."],
           on="refresh", waits=1, saved=FOLLOWED),
-    Shown([report(*BOTH) | job("WAITING_FOR_OPERATOR", "PRIMARY: solve the CAPTCHA in the browser window",
-                              PRIMARY="RUNNING", WEBSOCKET1="SKIPPED")],
-          "wait Your turn: 0 of 2 done.",
-          "PRIMARY: solve the CAPTCHA in the browser window. The window is on the server’s screen and waits "
-          "up to 5 minutes. The run goes on by itself.", on="refresh", waits=1, saved=FOLLOWED),
-    Shown([report(*BOTH) | job("WAITING_FOR_OPERATOR", "Approve on the phone: PRIMARY (15 min left)",
-                              PRIMARY="RUNNING")], "wait Your turn: 0 of 1 done.",
-          "Approve on the phone: PRIMARY (15 min left). Open the Upstox app there. The run goes on by itself.",
+    Shown([report(*BOTH) | job("WAITING_FOR_OPERATOR", CAPTCHA_JOB, PRIMARY="RUNNING",
+                               WEBSOCKET1="SKIPPED")], "wait Your turn: 0 of 2 done.",
+          f"{CAPTCHA_JOB}. The window is on the server’s screen and waits up to 5 minutes. The run "
+          "goes on by itself.", on="refresh", waits=1, saved=FOLLOWED),
+    Shown([report(*BOTH) | job("WAITING_FOR_OPERATOR", PHONE_JOB, PRIMARY="RUNNING")],
+          "wait Your turn: 0 of 1 done.",
+          f"{PHONE_JOB}. Open the Upstox app there. The run goes on by itself.",
           on="refresh", waits=1, saved=FOLLOWED),
     # and how it ended
     Shown([report(GONE, BOTH[1]) | job("RUNNING", PRIMARY="RUNNING"),
            report(*BOTH) | job("DONE", "1 of 1 generated.", PRIMARY="DONE VALID")],
-          "good All 2 tokens are valid until 26 Nov 03:30.", "Last run, 25 Nov 08:30: 1 of 1 generated.",
+          ALL_GOOD, "Last run, 25 Nov 08:30: 1 of 1 generated.",
           rows=[OLD, OLD], saved=FOLLOWED),
     Shown([report(*BOTH) | job("RUNNING", PRIMARY="RUNNING"),
            report(*BOTH) | job("FAILED", "0 of 1 generated. PRIMARY: failed: " + LONG,
                               PRIMARY="FAILED " + LONG)],
-          "good All 2 tokens are valid until 26 Nov 03:30.", "bad Last run, 25 Nov 08:30: 0 of 1 generated.",
-          rows=["good | VALID | until 26 Nov 03:30 | bad | Failed: the broker calls the login page's version "
-                "outdated. Run again later, or use “Approve on phone”.", OLD], saved=FOLLOWED),
+          ALL_GOOD, "bad Last run, 25 Nov 08:30: 0 of 1 generated.",
+          rows=[f"good | VALID | until 26 Nov 03:30 | bad | Failed: {PLAIN_LONG}", OLD],
+          saved=FOLLOWED),
     Shown([report(GONE, BOTH[1]) | job("RUNNING", PRIMARY="RUNNING", WEBSOCKET1="PENDING"),
            report(GONE, BOTH[1]) | job("FAILED", "0 of 2 generated.", PRIMARY="FAILED no.",
                                       WEBSOCKET1="SKIPPED the run stopped at PRIMARY")],
@@ -5487,12 +5498,12 @@ SHOWN = (
     Shown([report(*BOTH) | job("RUNNING", PRIMARY="RUNNING"),
            report(*BOTH) | job("FAILED", "0 of 1 generated.", PRIMARY="FAILED no."),
            report(BOTH[0] | attempt("GENERATED", "CLI", at="2026-11-25 08:31:00"), BOTH[1])],
-          "good All 2 tokens are valid until 26 Nov 03:30.", saved=FOLLOWED,
+          ALL_GOOD, saved=FOLLOWED,
           rows=[OLD.replace("08:15", "08:31 (cron or command line)"), OLD]),
     Shown([report(*BOTH) | job("RUNNING", PRIMARY="RUNNING"), report(*BOTH)],
-          "good All 2 tokens are valid until 26 Nov 03:30.", rows=[OLD, OLD], saved=FOLLOWED),
+          ALL_GOOD, rows=[OLD, OLD], saved=FOLLOWED),
     Shown([report(*BOTH) | job("DONE", "1 of 1 generated.", PRIMARY="DONE VALID")],  # of long ago
-          "good All 2 tokens are valid until 26 Nov 03:30.", rows=[OLD, OLD], saved=FOLLOWED))
+          ALL_GOOD, rows=[OLD, OLD], saved=FOLLOWED))
 # the page's timers run when the test says so, and it may be told that nobody looks
 TIMERS = """
 window.timers = [];
@@ -5505,14 +5516,23 @@ window.touched = 0;
 new MutationObserver(seen => { touched += seen.length; })
   .observe(document.body, {subtree: true, childList: true, characterData: true});
 """
+LOOKS = """
+const $ = css => document.querySelector(css), box = css => $(css).getBoundingClientRect();
+const sum = colour => colour.match(/\\d+/g).slice(0, 3).reduce((all, one) => all + Number(one), 0);
+return {head: $('thead').checkVisibility(), below: box('td').top >= box('tbody th').bottom,
+  smallest: Math.min(...['button', 'select', 'tbody label'].map(css => box(css).height)),
+  paper: sum(getComputedStyle(document.body).backgroundColor),
+  heard: !!$('#summary').closest('[aria-live]')};
+"""
 PAGE_SHOWS = """
 const text = e => e.innerText.trim(), $ = css => document.querySelector(css);
 const visible = e => e.checkVisibility() && !e.matches(':disabled');
-const rows = [...document.querySelectorAll('tbody tr')].map(tr => [tr.className, text(tr.querySelector('.status')),
-  text(tr.querySelector('.until')), tr.querySelector('.job').className.replace('job ', ''),
+const rows = [...document.querySelectorAll('tbody tr')].map(tr => [tr.className,
+  text(tr.querySelector('.status')), text(tr.querySelector('.until')),
+  tr.querySelector('.job').className.replace('job ', ''),
   text(tr.querySelector('.job'))].join(' | '));
-return {card: `${$('#card').className} ${text($('#summary'))}`, title: document.title, hold: text($('#hold')),
-  notice: `${$('#notice').className} ${text($('#notice'))}`.trim(), rows,
+return {card: `${$('#card').className} ${text($('#summary'))}`, title: document.title,
+  hold: text($('#hold')), notice: `${$('#notice').className} ${text($('#notice'))}`.trim(), rows,
   on: [...document.querySelectorAll('button')].filter(visible).map(e => e.id).join(' '),
   waits: timers.filter(Boolean).map(({ms}) => ms / 1000)};
 """
@@ -5580,19 +5600,24 @@ class DashboardTest(BrowserCase, PhoneCase):
         self.addCleanup(stage.server.server_close)
         threading.Thread(target=stage.server.serve_forever, args=(0.02,), daemon=True).start()
         self.addCleanup(stage.server.shutdown)
-        timers = self.page.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": TIMERS})
-        self.addCleanup(self.page.execute_cdp_cmd, "Page.removeScriptToEvaluateOnNewDocument", timers)
+        tell, script = self.page.execute_cdp_cmd, "Page.{}ScriptToEvaluateOnNewDocument"
+        timers = tell(script.format("add"), {"source": TIMERS})
+        self.addCleanup(tell, script.format("remove"), timers)
         zone = "Emulation.setTimezoneOverride"  # the page shows the server's time
-        self.page.execute_cdp_cmd(zone, {"timezoneId": "Asia/Kolkata"})
-        self.addCleanup(self.page.execute_cdp_cmd, zone, {"timezoneId": ""})
+        tell(zone, {"timezoneId": "Asia/Kolkata"})
+        self.addCleanup(tell, zone, {"timezoneId": ""})
         return stage
 
     def load(self, stage: Stage, answers: Mapping[str, Any], saved: Mapping[str, str] = {}) -> None:
         """The page anew, in a tab that knows this much."""
         stage.answers = answers
         self.page.get(stage.server.url + "/blank")
-        self.page.execute_script("sessionStorage.clear(); Object.assign(sessionStorage, arguments[0])", saved)
+        self.page.execute_script(
+            "sessionStorage.clear(); Object.assign(sessionStorage, arguments[0])", saved)
         self.page.get(stage.server.url)
+
+    def seen(self) -> dict[str, Any]:
+        return self.page.execute_script(PAGE_SHOWS)
 
     def later(self, looks: int) -> None:
         """When it has looked so often: the time until the next look is over."""
@@ -5616,17 +5641,36 @@ class DashboardTest(BrowserCase, PhoneCase):
             if row.waits:
                 self.looked(len(row.answers))
             self.reads("#summary", re.escape(headline))
-            seen = self.page.execute_script(PAGE_SHOWS)
+            seen = self.seen()
             rows = seen.pop("rows")
             self.assertEqual(seen, {
-                "card": row.card, "title": headline + " Upstox tokens", "notice": row.notice, "on": row.on,
-                "waits": [row.waits] if row.waits else [], "hold": row.hold})
+                "card": row.card, "title": headline + " Upstox tokens", "notice": row.notice,
+                "on": row.on, "waits": [row.waits] if row.waits else [], "hold": row.hold})
             if row.rows is not None:
                 self.assertEqual(rows, row.rows)
             self.size(320)
             self.assert_calm("Security|Uncaught")
 
         self.table(work, SHOWN)
+
+    def test_how_it_looks(self) -> None:
+        """On a phone no table, buttons for thumbs; dark for those who like it; read out."""
+        stage, looks = self.stage(), {}
+        self.load(stage, report(GONE, BOTH[1]))
+        self.looked(1)
+        for width, scheme in ((320, "light"), (1280, "dark")):
+            self.size(width)
+            media = [{"name": "prefers-color-scheme", "value": scheme}]
+            self.page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+            looks[scheme] = self.page.execute_script(LOOKS)
+        self.page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+        light, dark = looks["light"], looks["dark"]
+        self.assertEqual((light["head"], light["below"], dark["head"], dark["below"]),
+                         (False, True, True, False))
+        self.assertGreaterEqual(light["smallest"], 44)
+        self.assertGreater(light["paper"], 600)  # of 765
+        self.assertLess(dark["paper"], 200)
+        self.assertTrue(light["heard"])
 
     def test_what_it_asks_for(self) -> None:
         """Each button and each look: what is sent, and what is said of the answer."""
@@ -5642,20 +5686,20 @@ class DashboardTest(BrowserCase, PhoneCase):
         ended = tokens | {"generate": accepted} | job("DONE", PRIMARY="DONE VALID")
         self.load(stage, {"status": lambda: gate.wait(20) and json_reply(tokens["status"])})
         self.reads("#summary", "^Checking the tokens…$")
-        self.assertEqual(self.page.execute_script(PAGE_SHOWS)["on"], "refresh")
+        self.assertEqual(self.seen()["on"], "refresh")
         gate.set()
         self.looked(1)
         self.page.execute_script(WATCH)
         self.later(1)
         self.looked(2)
-        self.assertEqual(self.page.execute_script("return touched"), 0)  # nothing is announced twice
+        self.assertEqual(self.page.execute_script("return touched"), 0)  # nothing is said twice
         gate.clear()
         self.load(stage, running)
         self.looked(1)
         stage.heard()
         self.find("#missing").click()  # about to start: nothing can be pressed twice
         self.reads("#summary", "^Generating: starting…$")
-        self.assertEqual(self.page.execute_script(PAGE_SHOWS)["on"], "refresh")
+        self.assertEqual(self.seen()["on"], "refresh")
         self.assertEqual(self.page.switch_to.active_element.get_attribute("id"), "summary")
         gate.set()
         self.looked(2)
@@ -5673,8 +5717,8 @@ class DashboardTest(BrowserCase, PhoneCase):
         self.find("#flow").send_keys("Approve")
         self.find("#selected").click()
         self.looked(5)
-        self.assertEqual(stage.heard(), [
-            {"mode": "PARTIAL", "apiNames": ["PRIMARY", "WEBSOCKET1"], "flow": "V3"}, "jobs/1", "status"])
+        selected = {"mode": "PARTIAL", "apiNames": ["PRIMARY", "WEBSOCKET1"], "flow": "V3"}
+        self.assertEqual(stage.heard(), [selected, "jobs/1", "status"])
         self.assertEqual(self.text("#selected"), "Generate selected (0)")
         self.find("#all").click()
         self.find("#confirm-no").click()
@@ -5683,13 +5727,13 @@ class DashboardTest(BrowserCase, PhoneCase):
         self.find("#confirm-yes").click()
         self.looked(6)
         self.assertEqual(stage.heard(), [{"mode": "ALL", "flow": "V3"}, "jobs/1", "status"])
-        # a refusal is told until the next look; perhaps another run is in the way, which is followed then
+        # a refusal is told until the next look; perhaps another run is in the way
         busy = {"generate": refused(409, "Another run is busy."),
                 "jobs/latest": job("DONE", "1 of 1 generated.", PRIMARY="DONE VALID")["jobs/1"]}
         stage.answers = report(*BOTH) | busy
         self.find("#missing").click()
         self.looked(7)
-        seen = self.page.execute_script(PAGE_SHOWS)
+        seen = self.seen()
         self.assertEqual((seen["notice"], seen["waits"]), ("bad Another run is busy.", [10]))
         self.assertEqual(stage.heard()[1:], ["jobs/latest", "status"])
         stage.answers = tokens | busy
@@ -5712,17 +5756,18 @@ class DashboardTest(BrowserCase, PhoneCase):
                                      "document.dispatchEvent(new Event('visibilitychange'))", away)
             self.looked(looks + 1)
             self.assertEqual(stage.heard(), ["status"])
-            waits = self.page.execute_script(PAGE_SHOWS)["waits"]
+            waits = self.seen()["waits"]
             self.assertEqual(waits, [600 if away else 10])
         # a key that was changed meanwhile
-        stage.answers = {"status": refused(401, "the key is missing or wrong")}
+        stage.answers = NO_KEY
         self.find("#refresh").click()
         self.reads("#summary", "asks for its key")
-        self.assertFalse(self.find("#actions").is_displayed() or self.find("#tokens").is_displayed())
+        for css in ("#actions", "#tokens"):
+            self.assertFalse(self.find(css).is_displayed(), css)
         key = self.page.switch_to.active_element
         self.assertEqual([key.get_attribute(name) for name in ("id", "type")], ["key", "password"])
         key.send_keys("no key", Keys.ENTER)
-        self.assertFalse(self.page.execute_script("return arguments[0].checkValidity()", key))
+        self.assertEqual(key.get_attribute("value"), "no key")  # not taken
         stage.heard()
         key.clear()
         stage.answers = report(*BOTH)
