@@ -522,7 +522,7 @@ def is_brokers(url: str) -> bool:
 def is_redirect(value: str) -> bool:
     """An URL that a browser leaves as it is: it is by its spelling that the code is kept in the browser."""
     parts = web_address(value)
-    if parts is None or re.search(r"/(\.|%2e){1,2}(/|$)|\\", parts.path, re.I):
+    if parts is None or parts.fragment or re.search(r"/(\.|%2e){1,2}(/|$)|\\", parts.path, re.I):
         return False
     host = parts.hostname or ""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -797,8 +797,8 @@ def find_database(db: str | os.PathLike | None) -> Path:
     path = places[0]
     try:
         path = next((place for place in places if place.exists()), path)
-        if path.is_dir():
-            problem = "it is a folder"
+        if path.exists() and not path.is_file():
+            problem = "it is not a file"
         elif not path.resolve().parent.is_dir():
             problem = "its folder does not exist"
     except OSError as error:
@@ -858,10 +858,13 @@ def upsert_token(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None
 
 
 def prove_writable(path: Path, apps: Iterable[App], now: float) -> None:
-    """The real DELETE and INSERT for each app, rolled back: no login for a database that refuses tokens."""
+    """The real DELETE and INSERT for each app, and an event, rolled back: no login for a database that refuses
+    a token, or what must be noted first."""
+    event = {"at": 0, "run_id": "", "source": "", "flow": "", "outcome": "PROOF", "number": 0}
     with transaction(path, PROOF_SECONDS) as connection:
         for app in apps:
             upsert_token(connection, token_row(app, app.name.ljust(2000, "x"), now, now + 1))
+            add_event(connection, {**event, "api_name": app.name})
         connection.rollback()
 
 
@@ -2654,14 +2657,14 @@ async function call(path, body) {
 }
 
 async function look() {  // asks, shows, comes again
-  const watched = saved.job;
+  const followed = saved.job;
   try {
-    const run = watched && await call(watched);
+    const run = await call(followed || 'jobs/latest');  // which others may have begun
     const fresh = live(run) && report.checkedAt ? report : await call('status');
     const newer = fresh.tokens.some(token => token.lastAttempt?.at > job?.seen);  // than the job shown
-    if (live(run) || watched && live(job)) job = run && {...run, seen: fresh.checkedAt};
+    if (live(run) || followed && live(job)) job = run && {...run, seen: fresh.checkedAt};
     else if (newer) job = null;
-    if (watched) saved.job = live(run) ? 'jobs/' + run.jobId : '';
+    saved.job = live(run) ? 'jobs/' + run.jobId : '';
     [report, trouble] = [fresh, null];
   } catch (error) {
     trouble = error;
@@ -2683,7 +2686,6 @@ async function generate(mode, apiNames) {
   } catch (error) {
     note = error.status ? error.message : 'No answer came. If the run has begun, it will show here.';
     job = null;
-    saved.job = 'jobs/latest';  // perhaps another run is in the way
   }
   look();
 }
