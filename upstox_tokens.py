@@ -522,13 +522,14 @@ def is_brokers(url: str) -> bool:
 def is_redirect(value: str) -> bool:
     """An URL that a browser leaves as it is: it is by its spelling that the code is kept in the browser."""
     parts = web_address(value)
-    if parts is None or parts.fragment or re.search(r"/(\.|%2e){1,2}(/|$)|\\", parts.path, re.I):
+    host = parts and parts.hostname or ""
+    if not host or "#" in value or re.search(":.*[.]", host) or re.search(
+            r"/(\.|%2e){1,2}(/|$)|\\", parts.path, re.I):
         return False
-    host = parts.hostname or ""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with contextlib.suppress(OSError):  # it is a name
         return socket.inet_ntop(family, socket.inet_pton(family, host)) == host
-    return bool(re.fullmatch(r"([a-z0-9_-]+\.)*[a-z_-][a-z0-9_-]*", host))
+    return bool(re.fullmatch(r"([a-z0-9_-]+\.)*(?!([0-9]+|0x[0-9a-f]*)$)[a-z0-9_-]+", host))
 
 
 def is_base_url(value: str) -> bool:
@@ -728,7 +729,7 @@ DB_REMEDIES = (
     ("is full", "cannot grow: the disk is full. Free some space."),
     ("is a view", "has a view named upstox_tokens. A table is needed: rename the view or use another file."),
     ("no (column named|such column)", "lacks a column that is needed. Add it, or use another file."),
-    ("NOT NULL", "demands a value that the guide's INSERT does not give. Give that column a default."),
+    ("NOT NULL", "demands a value that this program does not give. Give that column a default."),
     ("UNIQUE", "has a row in the way of a unique index. Remove that row."),
 )
 
@@ -860,11 +861,12 @@ def upsert_token(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None
 def prove_writable(path: Path, apps: Iterable[App], now: float) -> None:
     """The real DELETE and INSERT for each app, and an event, rolled back: no login for a database that refuses
     a token, or what must be noted first."""
-    event = {"at": 0, "run_id": "", "source": "", "flow": "", "outcome": "PROOF", "number": 0}
+    event = {"at": int(now * 1000), "run_id": secrets.token_hex(8), "api_name": "PRIMARY", "source": "CLI",
+             "flow": "SELENIUM", "outcome": "FAILED"}
     with transaction(path, PROOF_SECONDS) as connection:
         for app in apps:
             upsert_token(connection, token_row(app, app.name.ljust(2000, "x"), now, now + 1))
-            add_event(connection, {**event, "api_name": app.name})
+        add_event(connection, event)
         connection.rollback()
 
 
@@ -1212,7 +1214,8 @@ def credentials_of(config: Config) -> str:
     return hmac.new(config.totp.encode(), who, hashlib.sha256).hexdigest() if config.totp else ""
 
 
-def current_hold(path: Path, config: Config, attended: bool = False) -> str:
+def current_hold(path: Path, config: Config, attended: bool = False,
+                 unwritten: Iterable[Mapping[str, Any]] = ()) -> str:
     """Why no login may be tried without an operator's word, or an empty text (contract 7).
 
     The audit rows of these credentials tell, and nothing else. Only what follows clears a secret that was
@@ -1220,7 +1223,8 @@ def current_hold(path: Path, config: Config, attended: bool = False) -> str:
     (NOT_SENT). An operator's HOLD_LIFTED clears all; then the PIN has to prove itself again.
     """
     codes, pins, proven, hold = 0, 0, False, ""  # codes and PINs: sent and not taken
-    for outcome, reason in read_events(path, "outcome, reason", "credentials = ?", credentials_of(config)):
+    events = read_events(path, "outcome, reason", "credentials = ?", credentials_of(config))
+    for outcome, reason in [*events, *((event["outcome"], event["reason"]) for event in unwritten)]:
         if outcome == "HOLD_LIFTED":
             codes, pins, proven, hold = 0, 0, False, ""
         elif outcome == "HOLD":
@@ -1900,7 +1904,7 @@ class Run:
 
     def hold(self) -> str:
         """Why this run may not log in, or an empty text."""
-        return current_hold(self.path, self.config, self.source == "MENU")
+        return current_hold(self.path, self.config, self.source == "MENU", self.unwritten)
 
     @property
     def exit_code(self) -> int:
@@ -2376,7 +2380,7 @@ def choose(mode: str, named: Sequence[str], statuses: Iterable[Status]) -> list[
 def prepare(run: Run) -> None:
     """Take the lock, read the statuses under it, choose the apps; or TokenError.
 
-    If there are any: prove that the database takes their tokens, and mark the tokens that got a 401.
+    If there are any: prove that the database takes their tokens and events, and mark the tokens that got a 401.
     """
     run.lock = lock_database(run.path)
     try:
@@ -2415,7 +2419,7 @@ def end_of_login(run: Run, app: App, failure: TokenError, reach: int) -> str:
     text = str(failure)
     try:
         if held := bool(run.hold()):
-            text = text.replace("Run again", "Logins are on hold now, so start the menu")
+            text = text.removesuffix(" Run again.") + " Logins are on hold now; go ahead from the menu."
     except DatabaseError:
         held, reach = False, max(reach, THIS_RUN)
     run.settle(app.name, "FAILED", text)
@@ -2651,6 +2655,8 @@ async function call(path, body) {
   const answer = await fetch('auth/upstox/tokens/' + path, {headers, method: body ? 'POST' : 'GET',
     body: JSON.stringify(body), signal: AbortSignal.timeout(20000)});
   const data = await answer.json();  // fails when a proxy answers because the server itself is gone
+  const running = answer.headers.get('X-Job');
+  if (running) saved.job = 'jobs/' + running;
   if (answer.status === 404) return null;  // a job from before the server's restart
   if (!answer.ok) throw Object.assign(new Error(data.error), {status: answer.status});
   return data;
@@ -2659,12 +2665,12 @@ async function call(path, body) {
 async function look() {  // asks, shows, comes again
   const followed = saved.job;
   try {
-    const run = await call(followed || 'jobs/latest');  // which others may have begun
+    const run = followed && await call(followed);
     const fresh = live(run) && report.checkedAt ? report : await call('status');
     const newer = fresh.tokens.some(token => token.lastAttempt?.at > job?.seen);  // than the job shown
     if (live(run) || followed && live(job)) job = run && {...run, seen: fresh.checkedAt};
     else if (newer) job = null;
-    saved.job = live(run) ? 'jobs/' + run.jobId : '';
+    if (followed && !live(run)) saved.job = '';
     [report, trouble] = [fresh, null];
   } catch (error) {
     trouble = error;
@@ -2871,7 +2877,8 @@ def get_status(server: Server, request: Handler) -> Reply:
             except TokenError as error:  # shared with those who wait meanwhile, or each would wait for a lock
                 reply = 503, {"error": one_line(error)}, {}
             server.checked = time.monotonic(), now_known, reply
-    return reply
+    running = [run.run_id for run in server.jobs.values() if not run.ended]
+    return (*reply[:2], {"X-Job": running[-1]} if running else {})  # for a page that has not begun it
 
 
 def post_generate(server: Server, request: Handler) -> Reply:
@@ -3300,7 +3307,7 @@ def command_import_config(ctx: Context, config: Config) -> int:
 
 
 def database_problem(ctx: Context, config: Config) -> str:
-    """Whether the database takes a token, without leaving one there."""
+    """Whether the database takes tokens and events, without leaving one there."""
     path = ctx.path
     if not path.exists():
         folder = path.absolute().parent
@@ -3352,7 +3359,7 @@ def command_check(ctx: Context, config: Config) -> int:
     browser, page = ("", "") if ctx.args.flow == "V3" else browser_problems(ctx, config)
     checks = {"configuration": "", "env file": "", "database": database_problem(ctx, config),
               "browser": browser, "login page": page, "broker": explain(answers[0][0]) if silent else "",
-              "clock": ("unknown, since the broker did not tell the time" if offset is None
+              "clock": ("unknown, since the broker told no time; compare it by hand" if offset is None
                         else clock_problem(offset)), "hold": hold_problem(ctx, config)}
     checks |= {app.name: "" if 300 <= answer.code < 400 else explain(answer)
                for app, (answer, _) in zip(config.apps, answers)}
