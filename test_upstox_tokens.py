@@ -3719,7 +3719,7 @@ class PinTest(LoginCase):
         for answer, token, code in (("", "", 0), (WRONG_PIN, "", 3), ("", "100057", 1)):
             world = self.world(1, moment=NOON, pin_answer=answer, token_answer=token)
             world.open_browser = SharedBrowser
-            remember(world, PROVEN)
+            remember(world, PROVEN if not token else "")
             other = sqlite3.connect(world.db, isolation_level=None, check_same_thread=False)
             world.broker.acts["pin"] = lambda _: other.execute("BEGIN IMMEDIATE")
             with (contextlib.closing(other), meanwhile(release),
