@@ -2088,12 +2088,13 @@ class AnswerTest(Case):
         before = "Enter OTP\nResend OTP (1:59s)\nWrong PIN, 3 attempts left\nPage 1"
         for line, new in {"Resend OTP": 0, "OTP has been resent": 0, "Successfully verified": 0,
                           "Hi Asha": 0, " Hi": 0, "History": 1, "Page 2": 0, "Enter OTP": 0,
-                          "  ": 0, "Enter PIN": 1, "Wrong PIN, 3 attempts left": 0, "Please be patient": 1,
+                          "  ": 0, "Enter PIN": 1, "Wrong PIN, 3 attempts left": 0,
+                          "Please be patient": 1,
                           "Wrong PIN, 2 attempts left": 1, "Resend failed [1017069]": 1}.items():
             view = upstox_tokens.View(text=f"{before}\n{line}")
             self.assertEqual(upstox_tokens.news(view, before), [line] * new, line)
             self.assertEqual(upstox_tokens.news(view, None), [])
-        refusals = ("Incorrect OTP", "invalid pin", "Wrong code", "PIN does not match", "PIN mismatch",
+        refusals = ("Incorrect OTP", "invalid pin", "Wrong code", "PIN does not match", "A mismatch",
                     "1 attempt left", "2 attempts remaining")
         for words in (*refusals, "Something went wrong", "Enter PIN", "wrongly", "Attempt 1"):
             self.assertEqual(bool(upstox_tokens.REFUSAL.search(words)), words in refusals, words)
@@ -2344,9 +2345,11 @@ VALUES: dict[str, tuple[str, list[str], list[str]]] = {  # key: what is said, of
         ["localhost:28020/callback", "ftp://localhost/", "http://", "http://:80/", "http://a:x/",
          "http://a:0/", *(f"http://{place}" for place in (
              "127.1/cb", "127.0.0.01/", "2130706433/", "localhost.0x7f/", "[0::1]/", "%6cocalhost/",
-             "[::ffff:127.0.0.1]/", "localhost./", "a/b/../c", "a/b/.", "a/%2E%2e/c", "a\\b", "a/b#c", "a/b#"))],
+             "[::ffff:127.0.0.1]/", "localhost./", "a/b/../c", "a/b/.", "a/%2E%2e/c",
+             "a\\b", "a/b#c", "a/b#"))],
         ["https://example.com", "http://localhost:28020/cb?x=1", "http://[::1]:9/x",
-         "http://127.0.0.1", "http://3dprinter:8080/", "http://b.1a/", "https://A-b_c.Example.com:8443/.well-known/x.y/..z?a=../b"]),
+         "http://127.0.0.1", "http://3dprinter:8080/", "http://b.1a/",
+         "https://A-b_c.Example.com:8443/.well-known/x.y/..z?a=../b"]),
     "UPSTOX_NOTIFIER_WEBHOOK_URI": (
         "must be the http or https URL registered with the apps and have a path of its own",
         ["my.host/hook", "https://my.host", "https://my.host/", "https://my.host/healthz",
@@ -5928,20 +5931,30 @@ class DashboardTest(BrowserCase, PhoneCase):
         self.reads("#summary", "valid until")
 
     def test_runs_of_others(self) -> None:
-        """What cron did is seen without a click; while it is at it, the buttons say busy."""
+        """What another page began is followed; what cron did is seen without a click; while it is
+        at it, the buttons say busy."""
         world = self.served("--flow", "V3", apps=2, limits=SOON)
         self.show(world)
         self.reads("#summary", "2 of 2 tokens need generating")
         self.assert_calm()
+        world.post({"mode": "ALL"})
+        self.find("#refresh").click()
+        self.reads("#summary", "(?i)your turn: 0 of 2")
+        for name in world.names:
+            world.broker.approve(name)
+        self.reads("#notice", "2 of 2 generated")
+        world.sql("DELETE FROM upstox_tokens")
+        self.find("#refresh").click()
+        self.reads("#summary", "2 of 2 tokens need generating")
         argv = ("--mode", "ALL", "--flow", "V3", "--wait", "1")
         run = world.start(*argv)
-        world.until(lambda: world.broker.count("v3") == 2)
+        world.until(lambda: world.broker.count("v3") == 4)
         for name in world.names:
             world.broker.approve(name)
         self.assertEqual(world.finish(run).code, 0)
         self.reads("#summary", "All 2 tokens are valid until", 12)
         world.start(*argv)
-        world.until(lambda: world.broker.count("v3") == 4)
+        world.until(lambda: world.broker.count("v3") == 6)
         self.find("tr[data-api=PRIMARY] input[type=checkbox]").click()
         self.find("#selected").click()
         self.reads("#notice", "busy")
