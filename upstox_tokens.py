@@ -189,6 +189,7 @@ CAPTCHA = 'iframe[src*="challenges.cloudflare.com"], .cf-turnstile, [name="cf-tu
 LOCKED = ("the account is locked after too many wrong PINs. Unlock it in the Upstox app (PAN and OTP), then "
           "start the menu.", A_HOLD)
 OTP_BLOCKED = ("the broker blocked OTP entry for a while. Wait 10 minutes, then run again.", THIS_RUN)
+PAGE_FAILED = "the login page or the browser failed ({})."
 SESSION_LOST = ("the broker ended the login session. Run again.", THIS_APP)
 PAGE_CODES = {  # the page's error codes: what they mean and what to do, how far that reaches (facts 2)
     "1017016": ("the broker does not know the mobile number. Correct UPSTOX_MOBILE_NUMBER.", A_PERSON),
@@ -2161,7 +2162,7 @@ def log_in(run: Run, app: App, browser: Browser, again: bool = True) -> str:
         keep_evidence(run, app, browser)
         browser.close()
         if login.touched or not again:
-            raise no_progress(login.sent, f"the login page or the browser failed ({fault}).") from None
+            raise no_progress(login.sent, PAGE_FAILED.format(fault)) from None
         run.tell(app.name, f"{fault}; trying once more with a fresh browser")
     return log_in(run, app, browser, again=False)
 
@@ -3347,7 +3348,7 @@ def browser_problems(ctx: Context, config: Config) -> tuple[str, str]:
         except LoginFailed as failure:
             return "", str(failure)
         except PageFault as fault:
-            return "", str(no_progress("", f"the login page or the browser failed ({fault})."))
+            return "", str(no_progress("", PAGE_FAILED.format(fault)))
     return "", ""
 
 
