@@ -2094,8 +2094,8 @@ class AnswerTest(Case):
             view = upstox_tokens.View(text=f"{before}\n{line}")
             self.assertEqual(upstox_tokens.news(view, before), [line] * new, line)
             self.assertEqual(upstox_tokens.news(view, None), [])
-        refusals = ("Incorrect OTP", "invalid pin", "Wrong code", "PIN does not match", "A mismatch",
-                    "1 attempt left", "2 attempts remaining")
+        refusals = ("Incorrect OTP", "invalid pin", "Wrong code", "PIN does not match",
+                    "A mismatch", "1 attempt left", "2 attempts remaining")
         for words in (*refusals, "Something went wrong", "Enter PIN", "wrongly", "Attempt 1"):
             self.assertEqual(bool(upstox_tokens.REFUSAL.search(words)), words in refusals, words)
 
@@ -2330,6 +2330,7 @@ class RunTest(Case):
 NAMES = "must be one of PRIMARY, WEBSOCKET1, WEBSOCKET2, WEBSOCKET3, OPTIONCHAIN1, OPTIONCHAIN2"
 PLAIN = "must be printable characters without spaces, at most 255"
 UNSET = "is not set"
+SPELLED = "must be the http or https URL registered with the apps, spelled as a browser shows it"
 VALUES: dict[str, tuple[str, list[str], list[str]]] = {  # key: what is said, of these, not of those
     "UPSTOX_MOBILE_NUMBER": (
         "must be 10 digits beginning 6-9, without +91",
@@ -2341,7 +2342,7 @@ VALUES: dict[str, tuple[str, list[str], list[str]]] = {  # key: what is said, of
         ["749216", "not base32 at all 1890", TOTP_SECRET[:16], TOTP_SECRET[:-1] + "!"],
         [TOTP_SECRET.lower(), "  ".join(re.findall("....", TOTP_SECRET))]),
     "UPSTOX_REDIRECT_URI": (
-        "must be the http or https URL registered with the apps, spelled as a browser shows it",
+        SPELLED,
         ["localhost:28020/callback", "ftp://localhost/", "http://", "http://:80/", "http://a:x/",
          "http://a:0/", *(f"http://{place}" for place in (
              "127.1/cb", "127.0.0.01/", "2130706433/", "localhost.0x7f/", "[0::1]/", "%6cocalhost/",
@@ -2583,7 +2584,7 @@ STORED_RULES: list[Any] = [  # script; what is said, or the summary; settings
     stored(f"client_id = '{APPS['PRIMARY'][0]}'", 2, "CLIENT_ID", "is used by two apps"),
     stored("client_secret = ''", 1, "CLIENT_SECRET", UNSET),
     stored("redirect_uri = 'nowhere'", 1, "REDIRECT_URI",
-           "must be the http or https URL registered with the apps, spelled as a browser shows it"),
+           SPELLED),
     stored(UPDATE + "api_index = 6 WHERE api_index = 5;", 6, "CLIENT_ID",
            "at most six apps, numbered 0 to 5"),
     stored("DELETE FROM upstox_api_configs WHERE api_index = 2;", 2, "CLIENT_ID",
@@ -5459,6 +5460,9 @@ def refused(code: int, text: str) -> Reply:
     return json_reply({"error": text}, code)
 
 
+ACCEPTED = json_reply({"jobId": "1", "state": "RUNNING", "apiNames": ["PRIMARY"]}, 202)
+
+
 class Shown(NamedTuple):
     """What the page makes of the server's answers, one after the other, the last one counting."""
 
@@ -5508,7 +5512,8 @@ SHOWN = (
                   shown("OPTIONCHAIN1", **attempt("GENERATED", "WEBHOOK")),
                   shown("OPTIONCHAIN2", **attempt("FAILED", at="2026-11-25 03:35:00")))],
           "bad 2 of 6 tokens need generating.", on="refresh missing all", waits=10, rows=[
-              "bad | NOT FOUND |  | bad | Failed 25 Nov 08:20 (cron or command line): " + PLAIN_LONG,
+              "bad | NOT FOUND |  | bad | Failed 25 Nov 08:20 (cron or command line): "
+              + PLAIN_LONG,
               "bad | EXPIRED |  | bad | Failed 25 Nov 08:20 (web page or HTTP): as above.",
               *(f"good | VALID | until 26 Nov 03:30 | bad | Failed 25 Nov 08:20 ({who}): short."
                 for who in ("menu", "X")),
@@ -5553,7 +5558,8 @@ SHOWN = (
     Shown([found(report(*BOTH)), report(*BOTH) | job("WAITING_FOR_OPERATOR", PHONE_JOB,
                                                      PRIMARY="RUNNING")],
           "wait Your turn: 0 of 1 done.",
-          f"{PHONE_JOB}. Open the Upstox app there. The run goes on by itself.", on="refresh", waits=1),
+          f"{PHONE_JOB}. Open the Upstox app there. The run goes on by itself.",
+          on="refresh", waits=1),
     Shown([report(*BOTH), found(report(*BOTH))], ALL_GOOD, waits=1),
     Shown([found(report(*BOTH)), report(*BOTH) | job("RUNNING", PRIMARY="PENDING"),
            report(*BOTH) | job("DONE", "1 of 1 generated.", PRIMARY="DONE VALID")],
@@ -5756,18 +5762,10 @@ class DashboardTest(BrowserCase, PhoneCase):
         self.assertLess(dark["paper"], 200)
         self.assertTrue(light["heard"])
 
-    def test_what_it_asks_for(self) -> None:
-        """Each button and each look: what is sent, and what is said of the answer."""
-        from selenium.webdriver.common.keys import Keys
+    def test_start_of_a_job(self) -> None:
+        """Nothing can be pressed before the first check, nor twice; then the job is followed."""
         stage, gate = self.stage(), threading.Event()
         tokens = report(GONE, BOTH[1])
-
-        def accepted() -> Reply:
-            gate.wait(20)
-            return json_reply({"jobId": "1", "state": "RUNNING", "apiNames": ["PRIMARY"]}, 202)
-
-        running = tokens | {"generate": accepted} | job("RUNNING", PRIMARY="RUNNING")
-        ended = tokens | {"generate": accepted} | job("DONE", PRIMARY="DONE VALID")
         self.load(stage, {"status": lambda: gate.wait(20) and json_reply(tokens["status"])})
         self.reads("#summary", "^Checking the tokens…$")
         self.assertEqual(self.seen()["on"], "refresh")
@@ -5778,29 +5776,37 @@ class DashboardTest(BrowserCase, PhoneCase):
         self.looked(2)
         self.assertEqual(self.page.execute_script("return touched"), 0)  # nothing is said twice
         gate.clear()
-        self.load(stage, running)
-        self.looked(1)
+        stage.answers = tokens | job("RUNNING", PRIMARY="RUNNING") | {
+            "generate": lambda: gate.wait(20) and ACCEPTED}
         stage.heard()
-        self.find("#missing").click()  # about to start: nothing can be pressed twice
+        self.find("#missing").click()
         self.reads("#summary", "^Generating: starting…$")
         self.assertEqual(self.seen()["on"], "refresh")
         self.assertEqual(self.page.switch_to.active_element.get_attribute("id"), "summary")
         gate.set()
-        self.looked(2)
-        self.assertEqual(stage.heard(), [{"mode": "INVALID_ONLY", "flow": "SELENIUM"}, "jobs/1"])
-        self.later(2)  # the tokens are asked for again when the run has ended
         self.looked(3)
-        self.assertEqual(stage.heard(), ["jobs/1"])
-        stage.answers = ended
-        self.later(3)
+        self.assertEqual(stage.heard(), [{"mode": "INVALID_ONLY", "flow": "SELENIUM"}, "jobs/1"])
+        self.later(3)  # the tokens are asked for again when the run has ended
         self.looked(4)
+        self.assertEqual(stage.heard(), ["jobs/1"])
+        stage.answers = tokens | job("DONE", PRIMARY="DONE VALID")
+        self.later(4)
+        self.looked(5)
         self.assertEqual(stage.heard(), ["jobs/1", "status"])
+
+    def test_buttons(self) -> None:
+        """What each sends; everything anew only after a question."""
+        stage = self.stage()
+        self.load(stage, report(GONE, BOTH[1]) | {"generate": ACCEPTED}
+                  | job("DONE", PRIMARY="DONE VALID"))
+        self.looked(1)
+        stage.heard()
         for box in self.page.find_elements("css selector", "tbody input"):
             box.click()
         self.reads("#selected", r"^Generate selected \(2\)$")
         self.find("#flow").send_keys("Approve")
         self.find("#selected").click()
-        self.looked(5)
+        self.looked(2)
         selected = {"mode": "PARTIAL", "apiNames": ["PRIMARY", "WEBSOCKET1"], "flow": "V3"}
         self.assertEqual(stage.heard(), [selected, "jobs/1", "status"])
         self.assertEqual(self.text("#selected"), "Generate selected (0)")
@@ -5809,39 +5815,56 @@ class DashboardTest(BrowserCase, PhoneCase):
         self.assertEqual(stage.heard(), [])
         self.find("#all").click()
         self.find("#confirm-yes").click()
-        self.looked(6)
+        self.looked(3)
         self.assertEqual(stage.heard(), [{"mode": "ALL", "flow": "V3"}, "jobs/1", "status"])
-        # a refusal is told until the next look
+        self.assertFalse(self.find("#confirm").is_displayed())
+
+    def test_job_that_does_not_start(self) -> None:
+        """A refusal is told until the next look, or until something else is tried."""
+        stage, gate = self.stage(), threading.Event()
+        tokens = report(GONE, BOTH[1])
         busy = {"generate": refused(409, "Another run is busy.")}
+        self.load(stage, tokens)
+        self.looked(1)
+        stage.heard()
         stage.answers = report(*BOTH) | busy
         self.find("#missing").click()
-        self.looked(7)
+        self.looked(2)
         seen = self.seen()
         self.assertEqual((seen["notice"], seen["waits"]), ("bad Another run is busy.", [10]))
         self.assertEqual(stage.heard()[1:], ["status"])
         stage.answers = tokens | busy
-        self.later(7)
-        self.looked(8)
+        self.later(2)
+        self.looked(3)
         self.assertEqual(self.text("#notice"), "")
         self.find("#missing").click()
-        self.looked(9)
-        gate.clear()
+        self.looked(4)
         stage.answers = tokens | {"generate": lambda: gate.wait(20) and "reset"}
         self.find("#missing").click()
         self.reads("#notice", "^The run goes on")  # and no longer that another one is busy
         gate.set()
-        self.looked(10)
+        self.looked(5)
         self.reads("#notice", "^No answer came. If the run has begun, it will show here.$")
-        stage.heard()
-        # when nobody looks it asks seldom, and at once when somebody does again
-        for looks, away in ((10, True), (11, False)):
+
+    def test_nobody_looks(self) -> None:
+        """Then it asks seldom, and at once when somebody does again."""
+        stage = self.stage()
+        self.load(stage, report(GONE, BOTH[1]))
+        self.looked(1)
+        for looks, away in ((2, True), (3, False)):
+            stage.heard()
             self.page.execute_script("window.away = arguments[0]; "
                                      "document.dispatchEvent(new Event('visibilitychange'))", away)
-            self.looked(looks + 1)
+            self.looked(looks)
             self.assertEqual(stage.heard(), ["status"])
-            waits = self.seen()["waits"]
-            self.assertEqual(waits, [600 if away else 10])
-        # a key that was changed meanwhile
+            self.assertEqual(self.seen()["waits"], [600 if away else 10])
+
+    def test_key(self) -> None:
+        """One that was changed meanwhile is asked for, and kept by this tab only."""
+        from selenium.webdriver.common.keys import Keys
+        stage = self.stage()
+        self.load(stage, report(*BOTH))
+        self.looked(1)
         stage.answers = NO_KEY
         self.find("#refresh").click()
         self.reads("#summary", "asks for its key")
@@ -5859,7 +5882,7 @@ class DashboardTest(BrowserCase, PhoneCase):
         self.assertEqual([one.headers["Authorization"] for one in stage.asked], [f"Bearer {KEY}"])
         self.assertEqual(key.get_attribute("value"), "")
         self.assertEqual(self.page.switch_to.active_element.get_attribute("id"), "summary")
-        self.page.refresh()  # this tab keeps it, and nothing else does
+        self.page.refresh()
         self.reads("#summary", "All 2 tokens are valid")
         kept = self.page.execute_script("return document.cookie + JSON.stringify(localStorage)")
         self.assertNotIn(KEY, self.page.page_source + kept)
