@@ -2708,7 +2708,8 @@ function headline() {  // colour, sentence on top, line below it
   if (locked()) return ['none', 'This server asks for its key.',
     'It is UPSTOX_SERVE_KEY of the server. This tab keeps it until it is closed.'];
   if (trouble?.status) return ['bad', 'The server could not check the tokens.', trouble.message];
-  if (trouble) return ['bad', 'The server does not answer.', 'The table is as of the last check.'];
+  const known = report.checkedAt ? 'The table is as of the last check.' : '';
+  if (trouble) return ['bad', 'The server does not answer.', known];
   if (live(job)) return progress();
   if (!report.checkedAt) return ['none', 'Checking the tokens…', ''];
   const all = report.tokens.length, bad = count('bad'), unknown = count('none');
