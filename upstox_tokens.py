@@ -208,7 +208,6 @@ PAGE_TEXTS = {  # headings and paths that carry no code
         "then run again.", THIS_APP),
     r"^reactivate your account|^/reactivate-account": (
         "the account is dormant. Reactivate it in the Upstox app, then run again.", THIS_APP)}
-WENT_WRONG = "the login page says that something went wrong. Run again.", THIS_APP
 # nobody outside knows how the broker words a wrong PIN or code: these words are taken for a refusal
 REFUSAL = re.compile(r"incorrect|invalid|(?<!went )\bwrong\b|not match|mismatch|attempts? (left|remaining)",
                      re.I)
@@ -236,9 +235,9 @@ class DatabaseError(TokenError):
 class LoginFailed(TokenError):
     """One app got no token: why, what to do next, and how far that reaches (THIS_APP … A_HOLD)."""
 
-    def __init__(self, text: str, reach: int = THIS_APP, captcha: bool = False) -> None:
+    def __init__(self, text: str, reach: int = THIS_APP) -> None:
         super().__init__(text)
-        self.reach, self.captcha = reach, captcha
+        self.reach = reach
 
 
 class PageFault(Exception):
@@ -297,8 +296,7 @@ class Context:
             self.kept += lines
             return
         try:
-            self.out.write("".join(f"{line}\n" for line in lines))
-            self.out.flush()
+            print(*lines, sep="\n", file=self.out, flush=True)
         except (OSError, ValueError) as error:  # `| head`, a full disk, a closed stream
             raise TokenError(f"The result could not be written: {type(error).__name__}.") from None
 
@@ -310,22 +308,19 @@ class Context:
             self.err.write(f"{newline}{text}\n")
             self.err.flush()
 
-    def inform(self, text: str) -> None:
-        """A line of progress that -q leaves out."""
-        if not self.args.quiet:
-            self.log(text)
-
-    def count(self, text: str, left: float) -> None:
-        """A wait of `left` more seconds: one line, which counts down in place on a terminal."""
-        if self.args.quiet or (self.counting == text and not self.err.isatty()):
+    def inform(self, text: str, left: float | None = None) -> None:
+        """A line of progress that -q leaves out; a wait of `left` more seconds counts down on a terminal."""
+        if self.args.quiet:
             return
-        if self.err.isatty():
+        if left is None:
+            self.log(text)
+        elif self.err.isatty():
             with contextlib.suppress(OSError, ValueError):
-                self.err.write(f"\r\033[K{text} in {left:.0f} s")
-                self.err.flush()
-        else:
+                print(f"\r\033[K{text} in {left:.0f} s", end="", file=self.err, flush=True)
+            self.counting = text
+        elif self.counting != text:
             self.log(f"{text} in {left:.0f} s")
-        self.counting = text
+            self.counting = text
 
     def answer(self, prompt: str) -> str:
         """What the operator answers; q at the end of the input."""
@@ -365,15 +360,12 @@ class Context:
     @contextlib.contextmanager
     def finish_first(self) -> Iterator[None]:
         """What must not be lost, a token or a hold, is stored before a signal may end the program."""
-        if not in_main_thread():
-            yield
-            return
-        self.holding = True
+        self.holding = here = in_main_thread()
         try:
             yield
         finally:
             self.holding = False
-            if self.signal:
+            if here and self.signal:
                 raise Stopped(self.signal)
 
 
@@ -501,10 +493,10 @@ def web_address(value: str) -> urllib.parse.SplitResult | None:
     return None
 
 
-def on_this_machine(host: str | None) -> bool:
+def on_this_machine(host: str) -> bool:
     """Whether a host is exactly 127.0.0.0/8, localhost or [::1]; x.localhost is not."""
     octet = "(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
-    return bool(re.fullmatch(rf"127(\.{octet}){{3}}|::1|localhost", host or ""))
+    return bool(re.fullmatch(rf"127(\.{octet}){{3}}|::1|localhost", host))
 
 
 def is_local(url: str) -> bool:
@@ -517,7 +509,7 @@ def is_brokers(url: str) -> bool:
     """Whether an address is the broker's own: https on upstox.com or a name under it."""
     parts = web_address(url)
     return (parts is not None and parts.scheme == "https"
-            and bool(re.fullmatch(r"([a-z0-9-]+\.)*upstox\.com", parts.hostname or "")))
+            and bool(re.fullmatch(r"([a-z0-9-]+\.)*upstox\.com", parts.hostname)))
 
 
 def is_redirect(value: str) -> bool:
@@ -589,8 +581,8 @@ def env_apps(settings: Mapping[str, str]) -> list[App]:
 
 def check_numbers(numbers: Sequence[int], label: str) -> list[str]:
     """The problems of the apps' numbers (the guide 3.2): one to six, contiguous from 0."""
-    if set(numbers) - set(range(6)):
-        return [f"{label.format('CLIENT_ID', numbers[-1])}: at most six apps, numbered 0 to 5"]
+    if strange := set(numbers) - set(range(6)):
+        return [f"{label.format('CLIENT_ID', max(strange))}: at most six apps, numbered 0 to 5"]
     return [f"{label.format('CLIENT_ID', gap)}: is not set; apps are numbered from 0 without a gap"
             for gap in range(max(numbers)) if gap not in numbers]
 
@@ -803,8 +795,8 @@ def find_database(db: str | os.PathLike | None) -> Path:
             problem = "it is not a file"
         elif not path.resolve().parent.is_dir():
             problem = "its folder does not exist"
-    except OSError as error:
-        problem = error.strerror
+    except (OSError, RuntimeError) as error:  # Python below 3.13 gives the latter for a link to itself
+        problem = getattr(error, "strerror", "it is a link to itself")
     if problem:
         raise DatabaseError(f"The database {path} cannot be used: {problem}. Name a file with --db.")
     return path
@@ -815,7 +807,7 @@ def create_database(ctx: Context) -> None:
     path = ctx.path
     try:
         if not path.exists():
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            path.touch(0o600)
             ctx.inform(f"created the database {path.resolve()}")
     except OSError as error:
         raise DatabaseError(f"The database {path} cannot be created: {error.strerror}. With --db name a "
@@ -931,7 +923,7 @@ def import_apps(path: Path, apps: Iterable[App], now: float) -> None:
         connection.execute(CONFIGS_DDL)
         for app in apps:
             row = {"api_index": app.index, "api_name": app.name, "client_id": app.client_id,
-                   "client_secret": app.client_secret, "redirect_uri": app.redirect_uri or None,
+                   "client_secret": app.client_secret, "redirect_uri": app.redirect_uri,
                    "is_primary": int(app.name == "PRIMARY"), "is_enabled": 1,
                    "created_at": moment, "updated_at": moment}
             connection.execute("DELETE FROM upstox_api_configs WHERE api_index = :api_index "
@@ -941,17 +933,11 @@ def import_apps(path: Path, apps: Iterable[App], now: float) -> None:
 
 def stored_apps(path: Path) -> tuple[list[App], list[int]]:
     """The enabled apps of upstox_api_configs; the numbers taken, from 0 to 5 also by apps that are off."""
-    rows = select(path, "SELECT is_enabled, api_index, api_name, client_id, client_secret, redirect_uri "
-                        "FROM upstox_api_configs ORDER BY api_index")
-    enabled, numbers = [], []
-    for is_enabled, index, *fields in rows:
-        number = index if isinstance(index, int) else -1
-        counts = text_of(is_enabled).lower() in ("1", "true")
-        if counts:
-            enabled.append(App(number, *map(text_of, fields)))
-        if counts or number in range(6):
-            numbers.append(number)
-    return enabled, numbers
+    rows = select(path, "SELECT lower(is_enabled) IN ('1', 'true') AS counts, api_index, api_name, "
+                        "client_id, client_secret, redirect_uri FROM upstox_api_configs "
+                        "WHERE counts OR api_index BETWEEN 0 AND 5 ORDER BY api_index")
+    apps = [App(index, *map(text_of, fields)) for counts, index, *fields in rows if counts]
+    return apps, [index for _, index, *_ in rows]
 
 
 # ---- The broker's HTTP API -----------------------------------------------------------------------
@@ -1008,13 +994,14 @@ def explain(answer: Answer) -> str:
 
 
 @functools.cache
-def opener_for(secure: bool) -> urllib.request.OpenerDirector:
+def opener_for(base_url: str) -> urllib.request.OpenerDirector:
     """A bare opener: no redirects (they would carry the bearer token), no files, every status returned."""
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.HTTPHandler())
-    if secure:  # on this machine no proxy: it would read the bearer token
-        opener.add_handler(urllib.request.ProxyHandler())
+    if base_url.startswith("https:"):
         opener.add_handler(urllib.request.HTTPSHandler(context=ssl.create_default_context()))
+    if is_brokers(base_url):  # on this machine no proxy: it could read the bearer token
+        opener.add_handler(urllib.request.ProxyHandler())
     return opener
 
 
@@ -1039,7 +1026,7 @@ def send(config: Config, path: str, seconds: float, data: bytes | None = None,
     common = {"Accept": "application/json", "User-Agent": f"upstox_tokens/{__version__}"}
     request = urllib.request.Request(config.base_url + path, data, {**common, **headers})
     try:
-        with opener_for(config.base_url.startswith("https:")).open(request, timeout=seconds) as response:
+        with opener_for(config.base_url).open(request, timeout=seconds) as response:
             return read_answer(response, end)
     except OSError as error:
         slow = isinstance(getattr(error, "reason", error), TimeoutError)  # a URLError wraps it
@@ -1110,7 +1097,6 @@ PLAIN_TOKEN = re.compile(r"[!-~]{1,8000}")
 class Status(NamedTuple):
     """What is known of one app's token. `word` is VALID, INVALID, EXPIRED, NOT FOUND or UNKNOWN."""
 
-    api_name: str
     word: str
     reason: str = ""
     token: Token | None = None
@@ -1154,13 +1140,13 @@ def judge_profile(answer: Answer) -> tuple[str, str]:
     return "UNKNOWN", str(answer.code) if answer.code >= 400 else "unexpected answer"
 
 
-def classify_tokens(config: Config, rows: Mapping[str, Token], now: float) -> list[Status]:
+def classify_tokens(config: Config, rows: Mapping[str, Token], now: float) -> dict[str, Status]:
     """The status of every configured app (the guide 6)."""
     verdicts = {app.name: judge_stored(rows.get(app.name), app.client_id, now) for app in config.apps}
     asked = [rows[name] for name, verdict in verdicts.items() if verdict is None]
     answers = ask_profiles(config, asked)
     verdicts |= {token.api_name: judge_profile(answer) for token, answer in zip(asked, answers)}
-    return [Status(name, *verdict, rows.get(name)) for name, verdict in verdicts.items()]
+    return {name: Status(*verdict, rows.get(name)) for name, verdict in verdicts.items()}
 
 
 def access_token(api_name: str, db: str | os.PathLike | None = None) -> str:
@@ -1172,7 +1158,7 @@ def access_token(api_name: str, db: str | os.PathLike | None = None) -> str:
     path, name = find_database(db), api_name.upper()
     token = read_tokens(path).get(name)
     if verdict := judge_stored(token, token.client_id if token else "", time.time()):
-        raise TokenError(f"{name} is {Status(name, *verdict).label} in {path}. "
+        raise TokenError(f"{name} is {Status(*verdict).label} in {path}. "
                          "Run upstox_tokens.py --mode INVALID_ONLY.")
     return token.access_token
 
@@ -1248,9 +1234,7 @@ def current_hold(path: Path, config: Config, attended: bool = False,
 
 def totp_wait(now: float, sent: Iterable[int]) -> float:
     """Seconds until a code may be sent that was never sent (`sent`: windows) and has time left."""
-    window, left = int(now // TOTP_WINDOW), TOTP_WINDOW - now % TOTP_WINDOW
-    if left < TOTP_MARGIN:
-        window += 1
+    window = int((now + TOTP_MARGIN) // TOTP_WINDOW)  # a margin from now it must not have ended
     while window in sent:  # the later ones were noted by a clock that has been set back since
         window += 1
     return max(0.0, window * TOTP_WINDOW - now)
@@ -1666,7 +1650,7 @@ def known_complaint(view: View, lines: Sequence[str]) -> tuple[str, int] | None:
         if blocked and not view.field("otp").get("enabled", True):
             return OTP_BLOCKED
         if re.match("something went wrong", line, re.I):
-            return WENT_WRONG
+            return "the login page says that something went wrong. Run again.", THIS_APP
     return PAGE_CODES.get(toast(lines)[1])
 
 
@@ -1838,11 +1822,12 @@ class Run:
     each app it generates for, (PENDING, RUNNING, DONE, FAILED or SKIPPED; the last words about it).
     """
 
-    def __init__(self, ctx: Context, config: Config, source: str, mode: str, named: Sequence[str] = (), *,
-                 flow: str, headed: bool = False, lifted: str = "") -> None:
+    def __init__(self, ctx: Context, config: Config, source: str, mode: str, named: Sequence[str], *,
+                 flow: str = "", headed: bool = False, lifted: str = "") -> None:
         self.ctx, self.config, self.path = ctx, config, ctx.path
-        self.source, self.mode, self.named, self.flow = source, mode, list(named), flow
-        self.headed, self.lifted = headed, lifted  # lifted: the hold that the operator goes ahead from
+        self.source, self.mode, self.named, self.flow = source, mode, list(named), flow or ctx.args.flow
+        self.headed = headed or ctx.args.headed
+        self.lifted = lifted  # the hold that the operator goes ahead from
         self.run_id, self.hidden = secrets.token_hex(8), config.secrets()
         self.lock: int | None = None
         self.statuses: dict[str, Status] = {}
@@ -1858,12 +1843,8 @@ class Run:
         """A line as `[2/6] WEBSOCKET1: PIN sent`, or a wait of `left` more seconds; REST asks for jobs."""
         if name in self.progress:
             text = f"[{list(self.progress).index(name) + 1}/{len(self.progress)}] {name}: {text}"
-        if self.source == "REST":
-            return
-        if left is None:
-            self.ctx.inform(text)
-        else:
-            self.ctx.count(text, left)
+        if self.source != "REST":
+            self.ctx.inform(text, left)
 
     def tell(self, name: str, text: str) -> None:
         """One step of one app."""
@@ -2026,7 +2007,8 @@ class Login:
             self.captcha_since = self.moved
             self.say(task)
         if self.moved - self.captcha_since > patience:
-            raise LoginFailed(failure, A_PERSON, captcha=True)
+            self.run.captcha = True
+            raise LoginFailed(failure, A_PERSON)
 
     def act(self, view: View, verb: str, detail: Any) -> None:
         """Do what next_move decided."""
@@ -2205,8 +2187,7 @@ def exchange_and_store(run: Run, app: App, code: str) -> Token:
 def verify_new(run: Run, token: Token) -> None:
     """The new token's proof; one that the broker refuses is deactivated."""
     [answer] = ask_profiles(run.config, [token])
-    status = Status(token.api_name, *judge_profile(answer), token)
-    run.statuses[token.api_name] = status
+    run.statuses[token.api_name] = status = Status(*judge_profile(answer), token)
     if status.reason != "401":
         return run.settle(token.api_name, "DONE", status.label)
     with contextlib.suppress(DatabaseError):
@@ -2222,20 +2203,15 @@ def epoch_seconds(value: object) -> float | None:
     return float(value) / 1000 if re.fullmatch(r"[0-9]{13}(\.0)?", str(value)) else None
 
 
-def approval_end(run: Run, app: App, answer: Answer) -> float:
-    """Until when the broker lets the request be approved; warns when it would deliver elsewhere."""
-    data = answer.data()
-    expiry = epoch_seconds(data.get("authorization_expiry"))
-    if answer.code != 200 or expiry is None:
-        raise LoginFailed(f"no approval could be asked for: {explain(answer)}")
-    until = local_text(min(expiry, run.ctx.now() + run.ctx.args.wait * 60))[11:16]
+def tell_request(run: Run, app: App, end: float, notifier: object) -> None:
+    """Until when the request may be approved; a warning when the broker would deliver elsewhere."""
+    until = local_text(min(end, run.ctx.now() + run.ctx.args.wait * 60))[11:16]
     text = f"waiting for approval on the phone until {until}"
-    if data.get("notifier_url") != run.config.notifier:
-        place = printable(data.get("notifier_url") or "an address it does not name", 200)
+    if notifier != run.config.notifier:
+        place = printable(notifier or "an address it does not name", 200)
         text += (f". Warning: the broker will deliver to {place}, not to UPSTOX_NOTIFIER_WEBHOOK_URI. Change "
                  f"one of them, here or on {APP_PAGE}")
     run.tell(app.name, text)
-    return expiry
 
 
 def note_deadline(run: Run, app: App, until: float) -> None:
@@ -2288,13 +2264,15 @@ def generate_by_phone(run: Run) -> None:
             run.settle(app.name, "FAILED", f"no approval is asked for that cannot be noted first. {error}")
     ask = functools.partial(request_approval, run.config)
     for app, answer in zip(apps, run_within(PROFILE_SECONDS, NO_ANSWER, ask, apps)):
-        try:
-            ends[app] = approval_end(run, app, answer)
-            note_deadline(run, app, ends[app])
-        except LoginFailed as failure:
+        end = epoch_seconds(answer.data().get("authorization_expiry"))
+        if answer.code == 200 and end is not None:
+            ends[app] = end
+            tell_request(run, app, end, answer.data().get("notifier_url"))
+            note_deadline(run, app, end)
+        else:
             if error_code(answer)[0]:  # an answer that was lost may be followed by an approval all the same
                 note_deadline(run, app, 0)
-            run.settle(app.name, "FAILED", str(failure))
+            run.settle(app.name, "FAILED", f"no approval could be asked for: {explain(answer)}")
     await_deliveries(run, before, ends)
     for app in ends:
         run.settle(app.name, "SKIPPED", "the program was stopped")
@@ -2325,13 +2303,10 @@ def account_owner(config: Config, path: Path, now: float) -> str:
     rows = read_tokens(path)
     alive = [rows[app.name] for app in config.apps
              if judge_stored(rows.get(app.name), app.client_id, now) is None]
-    words = set()
-    for answer in ask_profiles(config, alive):
-        word, _ = judge_profile(answer)
-        if word == "VALID" and answer.data():
-            return text_of(answer.data().get("user_id"))
-        words.add(word)
-    if "UNKNOWN" in words:
+    answers = ask_profiles(config, alive)
+    if valid := [answer for answer in answers if judge_profile(answer)[0] == "VALID" and answer.data()]:
+        return text_of(valid[0].data().get("user_id"))
+    if any(judge_profile(answer)[0] == "UNKNOWN" for answer in answers):
         raise TokenError("the broker cannot tell now whose the tokens so far are")
     return ""
 
@@ -2343,6 +2318,9 @@ def take_delivery(ctx: Context, config: Config, app: App, delivery: Delivery) ->
     profile answer must name the delivery's user, who must be the one of this database's tokens.
     """
     path, (user, token, valid_until) = ctx.path, delivery
+    # a stranger's costs no write lock; a database that is away is another matter
+    if path.exists() and not read_events(path, "number", "api_name = ? AND outcome = 'REQUESTED'", app.name):
+        return "nothing was asked for"
     with transaction(path) as connection:
         if problem := why_unexpected(connection, app.name, token, ctx.now()):
             return problem
@@ -2371,11 +2349,10 @@ def take_delivery(ctx: Context, config: Config, app: App, delivery: Delivery) ->
 
 # ---- Generating: choose, prove, then app by app --------------------------------------------------
 
-def choose(mode: str, named: Sequence[str], statuses: Iterable[Status]) -> list[str]:
+def choose(mode: str, named: Sequence[str], statuses: Mapping[str, Status]) -> list[str]:
     """The apps a mode generates for. UNKNOWN is neither valid nor invalid: INVALID_ONLY leaves it alone."""
-    return [status.api_name for status in statuses
-            if mode == "ALL" or status.api_name in named
-            or mode == "INVALID_ONLY" and status.word in NEEDS_LOGIN]
+    return [name for name, status in statuses.items()
+            if mode == "ALL" or name in named or mode == "INVALID_ONLY" and status.word in NEEDS_LOGIN]
 
 
 def prepare(run: Run) -> None:
@@ -2386,15 +2363,14 @@ def prepare(run: Run) -> None:
     run.lock = lock_database(run.path)
     try:
         now = run.ctx.now()
-        statuses = classify_tokens(run.config, read_tokens(run.path), now)
-        run.statuses = {status.api_name: status for status in statuses}
-        names = choose(run.mode, run.named, statuses)
+        run.statuses = classify_tokens(run.config, read_tokens(run.path), now)
+        names = choose(run.mode, run.named, run.statuses)
         run.apps = [app for app in run.config.apps if app.name in names]
         run.progress = {name: ("PENDING", "") for name in names}
         if run.apps:
             create_database(run.ctx)
             prove_writable(run.path, run.apps, now)
-            refused = [status.token for status in statuses if status.reason == "401"]
+            refused = [status.token for status in run.statuses.values() if status.reason == "401"]
             deactivate_tokens(run.path, refused, now)
     except BaseException:
         unlock_database(run.lock)
@@ -2436,7 +2412,6 @@ def generate_one(run: Run, app: App, browser: Browser) -> str:
         verify_new(run, exchange_and_store(run, app, code))
         return ""
     except LoginFailed as failure:
-        run.captcha |= failure.captcha
         with run.ctx.finish_first():
             return end_of_login(run, app, failure, failure.reach)
     except DatabaseError as error:  # nothing can be looked up or noted, so nothing more is sent
@@ -2488,29 +2463,30 @@ def generate_chosen(run: Run) -> None:
 
 # ---- The operator: summary and menu --------------------------------------------------------------
 
-def summary_lines(statuses: Sequence[Status], path: Path | None = None) -> list[str]:
+def summary_lines(statuses: Mapping[str, Status], path: Path | None = None) -> list[str]:
     """The summary of the guide's 7.1."""
-    valid, unknown = (sum(status.word == word for status in statuses) for word in ("VALID", "UNKNOWN"))
+    words = [status.word for status in statuses.values()]
+    valid, unknown = words.count("VALID"), words.count("UNKNOWN")
     lines = ["Token Status Summary:" + (f" {path.resolve()}" if path else ""), "-" * 34,
-             *(f"{status.api_name:<14}: {status.label}" for status in statuses), "",
-             f"Valid Tokens    : {valid}", f"Invalid Tokens  : {len(statuses) - valid - unknown}"]
+             *(f"{name:<14}: {status.label}" for name, status in statuses.items()), "",
+             f"Valid Tokens    : {valid}", f"Invalid Tokens  : {len(words) - valid - unknown}"]
     return [*lines, f"Unknown Tokens  : {unknown}"] if unknown else lines
 
 
-def status_json(ctx: Context, config: Config, statuses: Iterable[Status]) -> dict[str, Any]:
+def status_json(ctx: Context, config: Config, statuses: Mapping[str, Status]) -> dict[str, Any]:
     """The summary for programs (the guide 7.2); EXPIRED counts as invalid."""
-    attempts, statuses = last_attempts(ctx.path), list(statuses)
+    attempts = last_attempts(ctx.path)
 
     def names(*words: str) -> list[str]:
-        return [status.api_name for status in statuses if status.word in words]
+        return [name for name, status in statuses.items() if status.word in words]
 
     return {"valid": names("VALID"), "invalid": names("INVALID", "EXPIRED"), "missing": names("NOT FOUND"),
             "unknown": names("UNKNOWN"), "checkedAt": local_text(ctx.now()),
             "hold": current_hold(ctx.path, config) or None,
-            "tokens": [{"apiName": status.api_name, "status": status.word, "reason": status.reason,
+            "tokens": [{"apiName": name, "status": status.word, "reason": status.reason,
                         "validityAt": status.token and status.token.validity_at,
                         "generatedAt": status.token and status.token.generated_at,
-                        "lastAttempt": attempts.get(status.api_name)} for status in statuses]}
+                        "lastAttempt": attempts.get(name)} for name, status in statuses.items()]}
 
 
 def parse_names(text: str, configured: Sequence[str], *, numbers: bool = False) -> list[str]:
@@ -2668,10 +2644,9 @@ async function look() {  // asks, shows, comes again
   try {
     const run = followed && await call(followed);
     const fresh = live(run) && report.checkedAt ? report : await call('status');
-    const newer = fresh.tokens.some(token => token.lastAttempt?.at > job?.seen);  // than the job shown
     if (live(run) || followed && live(job)) job = run && {...run, seen: fresh.checkedAt};
-    else if (newer) job = null;
-    if (followed && !live(run)) saved.job = '';
+    else if (fresh.tokens.some(one => one.lastAttempt?.at > job?.seen)) job = null;  // another ran since
+    if (saved.job === followed && !live(run)) saved.job = '';
     [report, trouble] = [fresh, null];
   } catch (error) {
     trouble = error;
@@ -2854,7 +2829,7 @@ def get_page(server: Server, request: Handler) -> Reply:
     nonce = secrets.token_urlsafe(16)
     policy = (f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src "
               "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-    page = PAGE.replace("NONCE", nonce).replace("FLOW", server.ctx.args.flow)
+    page = PAGE.replace("FLOW", server.ctx.args.flow).replace("NONCE", nonce)
     return 200, page.encode(), {"Content-Type": "text/html; charset=utf-8",
                                 "Content-Security-Policy": policy}
 
@@ -2871,7 +2846,7 @@ def get_status(server: Server, request: Handler) -> Reply:
         at, known, reply = server.checked
         now_known = server.tries, [run.run_id for run in server.jobs.values() if run.ended]
         fresh = time.monotonic() - at < SHARED_SECONDS and known == now_known and reply[0] == 200
-        if not fresh and at < arrived:
+        if not fresh and (at < arrived or known != now_known):
             try:
                 config = load_config(server.ctx, "status")
                 statuses = classify_tokens(config, read_tokens(server.ctx.path), server.ctx.now())
@@ -2894,13 +2869,18 @@ def post_generate(server: Server, request: Handler) -> Reply:
     ctx = server.ctx
     mode, names, flow = read_request(body, load_config(ctx, "menu"), ctx.args.flow)
     config = load_config(ctx, flow)  # with what the chosen flow needs
-    run = Run(ctx, config, "REST", mode, names, flow=flow, headed=ctx.args.headed)
+    run = Run(ctx, config, "REST", mode, names, flow=flow)
     prepare(run)
     server.jobs = dict([*server.jobs.items(), (run.run_id, run)][-20:])
-    server.worker = threading.Thread(target=server.work, args=(run,))
-    server.worker.start()
+    server.start_work(generate_chosen, run)
     return (202, {"jobId": run.run_id, "state": "RUNNING", "apiNames": list(run.progress)},
             {"Location": f"/auth/upstox/tokens/jobs/{run.run_id}"})
+
+
+def post_delivery(server: Server, request: Handler) -> Reply:
+    """At the notifier's path: answered at once and alike whatever it is; looked at besides."""
+    server.start_work(server.deliver, request.read_body())
+    return 200, {"status": "ok"}, {}
 
 
 def get_job(server: Server, request: Handler, job_id: str) -> Reply:
@@ -2934,20 +2914,17 @@ def serve_address(text: str, config: Config) -> tuple[str, int]:
     return match[1].lower(), int(match[2])
 
 
-DELIVERY = "delivery"  # name of a thread that is settling one
-
-
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """What requests share: the context, the last check, the jobs. A thread per connection, 500 at most."""
 
     request_queue_size = 128
-    allow_reuse_port = False
+    allow_reuse_address = daemon_threads = True
+    WORK = "work"  # name of the threads that its end waits for: jobs and deliveries
 
     def __init__(self, ctx: Context, config: Config, address: str, webhook_only: bool = False) -> None:
         self.ctx, self.webhook_only = ctx, webhook_only
         self.initial = self.config = config  # key and origins are the start's, deliveries want the latest
         self.jobs: dict[str, Run] = {}
-        self.worker: threading.Thread | None = None
         self.tries = 0  # to store a delivery
         self.checking, self.proving = threading.Lock(), threading.Semaphore(PROOFS_AT_ONCE)
         self.checked: tuple[float, Any, Any] = (0.0, None, None)  # when, what was known, the reply
@@ -2959,11 +2936,6 @@ class Server(http.server.ThreadingHTTPServer):
             reason = getattr(error, "strerror", None) or "not an address"
             raise TokenError(f"--serve: cannot listen on {address}: {reason}. "
                              "Choose another port, or end what uses it.", USAGE) from None
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        self.url = f"http://{host}:{self.server_address[1]}/"
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's would ask the DNS for our name
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         return threading.active_count() <= 500  # the silent are cut off by Handler.timeout
@@ -2978,13 +2950,16 @@ class Server(http.server.ThreadingHTTPServer):
             say = self.ctx.say
         say(redact(text, self.initial.secrets()))  # a client may send one as its path
 
-    def work(self, run: Run) -> None:
-        """A job's thread; what it says stands in the run."""
-        try:
-            with contextlib.suppress(TokenError):
-                generate_chosen(run)
-        except Exception as error:  # a bug: its text may hold anything
-            self.tell(f"internal error: {type(error).__name__}")
+    def start_work(self, work: Callable[[Any], None], item: Any) -> None:
+        """Begin a job or a delivery, in a thread that the end of the server waits for."""
+        def run() -> None:
+            try:
+                with contextlib.suppress(TokenError):  # it stands in the run
+                    work(item)
+            except Exception as error:  # a bug: its text may hold anything
+                self.tell(f"internal error: {type(error).__name__}")
+
+        threading.Thread(target=run, name=self.WORK).start()
 
     def deliver(self, body: bytes) -> None:
         """Prove and store what was delivered, in a few tries over minutes; tell the operator in one line."""
@@ -3015,11 +2990,9 @@ class Server(http.server.ThreadingHTTPServer):
     def __exit__(self, *failure: object) -> None:
         """Let a running job finish its current app, and settle every delivery that was answered with 200."""
         self.ctx.stopping.set()
-        if self.worker:
-            self.worker.join()
         for thread in threading.enumerate():
-            if thread.name == DELIVERY:
-                thread.join(PROFILE_SECONDS + STORE_SECONDS)
+            if thread.name == self.WORK:
+                thread.join()
         super().__exit__(*failure)
 
     def latest_config(self) -> Config:
@@ -3039,8 +3012,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def respond(self) -> None:
         self.cors: dict[str, str] = {}
         try:
-            if reply := self.dispatch(self.requestline.split()[1].partition("?")[0]):
-                self.answer(*reply)
+            self.answer(*self.dispatch(self.requestline.split()[1].partition("?")[0]))
         except HttpError as error:
             self.answer(error.code, {"error": str(error)}, error.headers)
         except TokenError as error:
@@ -3054,17 +3026,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = respond
 
-    def dispatch(self, path: str) -> Reply | None:
-        """The webhook before all checks: the broker sends neither our key nor a host name of ours.
-
-        None: it is answered.
-        """
+    def dispatch(self, path: str) -> Reply:
+        """The webhook before all checks: the broker sends neither our key nor a host name of ours."""
         server = self.server
         found = next(((method, route, match.groups()) for method, pattern, route in ROUTES
                       if (match := re.fullmatch(pattern, path)) and not server.webhook_only), None)
-        if not found and path == urllib.parse.urlsplit(server.latest_config().notifier).path:
-            self.receive()
-            return None
+        if path and not found and path == urllib.parse.urlsplit(server.latest_config().notifier).path:
+            self.need_method("POST")
+            return post_delivery(server, self)
         self.check_host()
         self.check_origin()
         preflight = self.command == "OPTIONS" and self.cors  # browsers send it without the key
@@ -3079,16 +3048,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                               "Access-Control-Allow-Private-Network": "true"}
         self.need_method(method)
         return route(server, self, *groups)
-
-    def receive(self) -> None:
-        """A delivery: answered at once and alike whatever it is, then looked at in this thread."""
-        self.need_method("POST")
-        body = self.read_body()
-        threading.current_thread().name = DELIVERY
-        self.answer(200, {"status": "ok"}, {})
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-        self.server.deliver(body)
 
     def need_method(self, method: str) -> None:
         if self.command != method and (self.command, method) != ("HEAD", "GET"):
@@ -3173,26 +3132,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def command_serve(ctx: Context, config: Config) -> int:
     """--serve: until Ctrl-C or SIGTERM."""
     with Server(ctx, config, ctx.args.serve) as server:
-        ctx.inform(f"Serving on {server.url} (Ctrl-C ends)")
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        ctx.inform(f"Serving on http://{host}:{server.server_address[1]}/ (Ctrl-C ends)")
         server.serve_forever()
     return OK
 
 
-@contextlib.contextmanager
-def listening(ctx: Context, config: Config) -> Iterator[None]:
-    """Receive deliveries while a flow V3 run waits, unless something already does at the address."""
+def listen(ctx: Context, config: Config, until: contextlib.ExitStack) -> None:
+    """Receive deliveries until the end of a flow V3 run, unless something already does at the address."""
+    address = ctx.args.serve or SERVE_ADDRESS
     try:
-        server = Server(ctx, config, ctx.args.serve or SERVE_ADDRESS, webhook_only=True)
+        server = until.enter_context(Server(ctx, config, address, webhook_only=True))
     except TokenError as error:
         ctx.inform(f"This run cannot listen for deliveries; a running --serve must. {error}")
-        yield
         return
-    with server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield
-        finally:
-            server.shutdown()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    until.callback(server.shutdown)
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -3204,7 +3159,7 @@ def tell_strangers(ctx: Context, rows: Iterable[str]) -> None:
                    + ", ".join(printable(name, 40) for name in foreign))
 
 
-def look_at_tokens(ctx: Context, config: Config) -> list[Status]:
+def look_at_tokens(ctx: Context, config: Config) -> dict[str, Status]:
     """Every app's status now; tells a hold."""
     rows = read_tokens(ctx.path)
     tell_strangers(ctx, rows)
@@ -3213,34 +3168,32 @@ def look_at_tokens(ctx: Context, config: Config) -> list[Status]:
     return classify_tokens(config, rows, ctx.now())
 
 
-def say_summary(ctx: Context, statuses: Iterable[Status]) -> None:
-    ctx.say(*summary_lines(list(statuses), ctx.path if ctx.args.verbose else None))
+def say_summary(ctx: Context, statuses: Mapping[str, Status]) -> None:
+    ctx.say(*summary_lines(statuses, ctx.path if ctx.args.verbose else None))
 
 
 def say_result(ctx: Context, run: Run) -> None:
     """The summary at the end of a run, and what to do about the apps that failed."""
-    say_summary(ctx, run.statuses.values())
+    say_summary(ctx, run.statuses)
     if lines := run.failures():
         ctx.say("", *lines)
 
 
-def all_valid(statuses: Iterable[Status]) -> int:
+def all_valid(statuses: Mapping[str, Status]) -> int:
     """The exit code of a mere look."""
-    return OK if all(status.word == "VALID" for status in statuses) else NOT_VALID
+    return OK if all(status.word == "VALID" for status in statuses.values()) else NOT_VALID
 
 
-def generate(ctx: Context, config: Config, source: str, mode: str, named: Sequence[str], *,
-             headed: bool = False, lifted: str = "") -> Run:
+def generate(run: Run) -> Run:
     """One whole run of the command line or the menu."""
-    if ctx.args.serve:
-        serve_address(ctx.args.serve, config)
-    run = Run(ctx, config, source, mode, named, flow=ctx.args.flow, headed=headed or ctx.args.headed,
-              lifted=lifted)
+    if run.ctx.args.serve:
+        serve_address(run.ctx.args.serve, run.config)
     prepare(run)
     if line := run.left_alone():
-        ctx.log(line)
-    by_phone = run.flow == "V3" and run.apps
-    with listening(ctx, config) if by_phone else contextlib.nullcontext():
+        run.ctx.log(line)
+    with contextlib.ExitStack() as end:
+        if run.flow == "V3" and run.apps:
+            listen(run.ctx, run.config, end)
         generate_chosen(run)
     return run
 
@@ -3262,11 +3215,11 @@ def command_mode(ctx: Context, config: Config) -> int:
     except ValueError as error:
         raise TokenError(f"--apis: {error}", USAGE) from None
     tell_strangers(ctx, read_tokens(ctx.path))
-    run = generate(ctx, config, "CLI", ctx.args.mode, named)
+    run = generate(Run(ctx, config, "CLI", ctx.args.mode, named))
     if ctx.args.json:
         results = [{"apiName": name, "state": state, "message": "" if state == "DONE" else message}
                    for name, (state, message) in run.progress.items()]
-        ctx.say(json.dumps({**status_json(ctx, config, run.statuses.values()), "results": results,
+        ctx.say(json.dumps({**status_json(ctx, config, run.statuses), "results": results,
                             "exitCode": run.exit_code}, indent=2))
     else:
         say_result(ctx, run)
@@ -3285,14 +3238,14 @@ def command_menu(ctx: Context, config: Config) -> int:
         hold = current_hold(ctx.path, config, attended=True)
     question = f"Logins are on hold: {hold}. Is it mended, and may the login go ahead?"
     lifted = hold if hold and ctx.confirm(question) else ""
-    config = load_config(ctx, ctx.args.flow)
-    run = generate(ctx, config, "MENU", *choice, lifted=lifted)
+    config = load_config(ctx, ctx.args.flow)  # anew, for what was mended meanwhile
+    run = generate(Run(ctx, config, "MENU", *choice, lifted=lifted))
     ctx.say("")
     say_result(ctx, run)
     if run.captcha and not run.headed and has_display(ctx.environ) and ctx.confirm(
             "Open a visible browser window and go on there?"):
         left = [name for name, (state, _) in run.progress.items() if state != "DONE"]
-        again = generate(ctx, config, "MENU", "PARTIAL", left, headed=True)
+        again = generate(Run(ctx, config, "MENU", "PARTIAL", left, headed=True))
         again.mode, again.named = run.mode, run.named  # the exit code answers the operator's first question
         run = again
         say_result(ctx, run)
@@ -3335,8 +3288,8 @@ def browser_problems(ctx: Context, config: Config) -> tuple[str, str]:
     """Whether a browser starts and opens a page; whether the login page, opened for the first app, is the
     broker's own and shows a step that this program knows."""
     app = config.apps[0]
-    run = Run(ctx, config, "CLI", "PARTIAL", [app.name], flow="SELENIUM", headed=ctx.args.headed)
-    with contextlib.closing(ctx.browser([app.redirect_uri], ctx.args.headed, ctx.environ)) as browser:
+    run = Run(ctx, config, "CLI", "PARTIAL", [app.name])
+    with contextlib.closing(ctx.browser([app.redirect_uri], run.headed, ctx.environ)) as browser:
         try:
             browser.open("about:blank")
         except (LoginFailed, PageFault) as error:
@@ -3445,7 +3398,7 @@ def open_stream(stream: TextIO | None) -> TextIO:
 
 def ask_on_terminal(prompt: str) -> str:
     """input(), with EOFError where nobody can be asked."""
-    if sys.stdin is None or sys.stdout is None:
+    if None in (sys.stdin, sys.stdout, sys.stderr):
         raise EOFError
     with contextlib.suppress(OSError, AttributeError):  # can only be done before the first read
         sys.stdin.reconfigure(errors="backslashreplace")
@@ -3461,7 +3414,7 @@ def main(argv: Sequence[str] | None = None, *, out: TextIO | None = None, err: T
     try:
         args = parse_arguments(argv, environ)
     except SystemExit as stop:  # argparse has said what is wrong
-        return stop.code if isinstance(stop.code, int) else USAGE
+        return stop.code
     out, err = out or open_stream(sys.stdout), err or open_stream(sys.stderr)
     ctx = Context(args, environ, now, sleep, out, err, ask, browser)
     os.umask(0o077)  # whatever is created may hold tokens
@@ -3482,7 +3435,8 @@ def main(argv: Sequence[str] | None = None, *, out: TextIO | None = None, err: T
         ctx.log("Stopped. Tokens generated so far are kept.")
         return stop.exit_code
     except Exception as error:  # a bug: its text may hold anything, so only where it is
-        place = list(traceback.walk_tb(error.__traceback__))[-1][1]
+        frames = traceback.walk_tb(error.__traceback__)
+        place = [line for frame, line in frames if frame.f_globals is globals()][-1]
         ctx.log(f"error: internal error, {type(error).__name__} at line {place}. Please report it.")
         return NOT_VALID
 
