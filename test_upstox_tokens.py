@@ -230,7 +230,8 @@ class Switches:
     rewritten: bool = False  # the page writes its whole document anew, a little after it came
     captcha: float | str = ""  # seconds until it passes by itself, or never (somebody solves it)
     captcha_form: str = "frame"  # frame (iframe in the open), div (closed shadow root in
-    #                .cf-turnstile), explicit (the same beside the response input), page (whole)
+    #                .cf-turnstile), explicit (the same beside the response input), page (whole),
+    #                both (a whole page, and then beside the response input)
 
     # what the login page does while something is typed
     otp_autosubmit: int | None = None  # the sixth digit submits the form, this many ms later
@@ -1098,8 +1099,8 @@ class Broker:
         name = self.app_of_page(request)
         if (page := self.switch("page", name)) in ("hang", "blank"):
             return html_reply(BLANK_PAGE) if page == "blank" else "hang"
-        whole = self.switch("captcha", name) and self.switch("captcha_form", name) == "page"
-        if whole and "cf_clearance=1" not in request.cookies:
+        whole = self.switch("captcha_form", name) in ("page", "both")
+        if self.switch("captcha", name) and whole and "cf_clearance=1" not in request.cookies:
             return self.page_reply(name, 403, challenge=True)
         return self.page_reply(name)
 
@@ -3500,6 +3501,13 @@ class VariantTest(BrowserCase):
                 {"otp_autosubmit": 0, "pin_autosubmit": 100},
                 {"otp_autosubmit": 100, "pin_autosubmit": 0}], (2, 2, 2)))
 
+    def test_two_captchas(self) -> None:
+        """Each is told of, and has a time of its own."""
+        world = self.world(1, moment=NOON, captcha=0.5, captcha_form="both")
+        done = world.call("--mode", "ALL")
+        told = done.err.count("waiting whether it passes by itself")
+        self.assertEqual((done.code, told, world.sent()), (0, 2, (1, 1, 1)), done.err)
+
     def log_in(self, row: Any) -> None:
         switches, looks, sent = row
         with World(len(looks), moment=NOON, by_app=dict(zip(APPS, looks)), **switches) as world:
@@ -3583,6 +3591,11 @@ LOGINS: list[Any] = [
     # two codes that were not taken are enough
     Login({"otp_answer": [WRONG_OTP]}, 0, ["", ""], (1, 2, 2), events="CODE_SENT CODE_REFUSED "
           "CODE_SENT CODE_TAKEN PIN_SENT PIN_TAKEN GENERATED"),
+    # the refusal of a code that stays in sight hides nothing that comes after it
+    Login({"otp_answer": [WRONG_OTP], "toast_ms": 90000, "create_pin": True}, 1,
+          ["failed: .*create a new PIN"], (1, 2, 0)),
+    Login({"otp_answer": [WRONG_OTP], "toast_ms": 90000, "pin_answer": "1017090"}, 3,
+          ["account is locked"], (1, 2, 1), held=True),
     codes(["Invalid OTP. Please resend OTP and try again [1017070]"] * 2, ["TOTP.*UPSTOX_TOTP"],
           (1, 2, 0)),
     slow(codes([WRONG_OTP] * 2, ["TOTP.*UPSTOX_TOTP"], (1, 2, 0))),

@@ -1275,7 +1275,7 @@ for (const id of ids) {
     settle(kept, 5);
   }
   kept.seen = performance.now();
-  const {began} = root[key], requested = began > 0 && !(began <= kept.since);
+  const requested = root[key].began > (kept.since ?? 0);
   items[id] = {...kept, requested, element: e, enabled: !e.matches(':disabled') && !e.readOnly, value};
 }
 const name = e => e.id || `${e.tagName.toLowerCase()} '${(e.innerText || e.name || '').trim().slice(0, 30)}'`;
@@ -1395,8 +1395,7 @@ def browser_faults() -> Iterator[Any]:
     from selenium.webdriver.remote.remote_connection import urllib3
     try:
         yield problems
-    except (problems.ElementNotInteractableException, problems.InvalidElementStateException,
-            problems.StaleElementReferenceException):
+    except (problems.InvalidElementStateException, problems.StaleElementReferenceException):
         pass
     except problems.WebDriverException as error:
         reason = re.search(r"net::\w+|timeout|crashed|disconnected", str(error.msg))
@@ -1676,8 +1675,6 @@ def no_progress(step: str, text: str, reach: int = THIS_APP) -> LoginFailed:
 
 def judge_complaint(view: View, login: Login) -> Move | None:
     """What the page says against going on: raised, or the move `refused`; None when nothing can be read."""
-    if login.old:
-        return None
     said = " ".join(toast(login.news)).strip()
     if login.sent and not said and REFUSAL.search(login.said):
         said = login.said  # nobody knows how the broker words a refusal, nor whether it has a code
@@ -1717,7 +1714,7 @@ def enter(view: View, login: Login, waited: float) -> Move:
         raise LoginFailed(*SESSION_LOST)
     if waited > PAGE_SECONDS:
         raise unknown_page(view, f"Its field stayed disabled or filled ({step}). ")
-    if not field["enabled"] or (login.old and waited < PAGE_SECONDS / 3):
+    if not field["enabled"] or (login.old and login.old in view.text and waited < PAGE_SECONDS / 3):
         return "wait", ""
     if view.captcha and not login.texts:
         return "captcha", ""  # --check types nothing, so the button cannot tell whether it is in the way
@@ -1954,7 +1951,7 @@ class Login:
         self.before: str | None = None  # the page's text before that
         self.news: list[str] = []  # what it shows now that it did not show then
         self.said = ""  # the newest line of the page since then
-        self.old = ""  # a complaint that was dealt with, while the page still shows it
+        self.old = ""  # the refusal of a code, which the page may still show
         self.moved = 0.0  # when there was progress; the page's patience is counted from here
         self.captcha_since: float | None = None
         self.window = 0  # of the TOTP code under way
@@ -1981,8 +1978,6 @@ class Login:
         rest = 0.02
         while True:
             view = self.browser.look()
-            if self.old not in view.text:
-                self.old = ""
             self.news = news(view, self.before)
             if self.sent and self.news:  # a toast lives for 3 s only
                 self.said = self.news[-1]
@@ -2002,7 +1997,7 @@ class Login:
         if self.browser.headed:
             patience, task = CAPTCHA_HEADED_SECONDS, "solve the CAPTCHA in the browser window"
             failure, self.run.waiting = NOBODY_SOLVED, f"{self.app.name}: {task}"
-        self.wait_anew()
+        self.moved = self.browser.clock()
         if self.captcha_since is None:
             self.captcha_since = self.moved
             self.say(task)
@@ -2013,7 +2008,7 @@ class Login:
     def act(self, view: View, verb: str, detail: Any) -> None:
         """Do what next_move decided."""
         if verb == "refused":
-            self.try_next_code(detail)
+            self.try_next_code(view, detail)
         elif verb == "code":
             self.make_code()
         elif verb == "clear":
@@ -2027,7 +2022,12 @@ class Login:
         elif verb == "finish":
             self.finish_entry(view, detail)
         elif verb == "press":
-            self.press(view, detail)
+            self.pressed = self.browser.press(view, detail, len(self.texts[detail]))
+            if self.pressed:
+                self.run.by_hand.add(detail)
+                self.wait_anew()
+            else:
+                self.browser.rest(0.1)
         elif verb == "taken":
             self.done.append(detail)
             self.sent = ""
@@ -2037,17 +2037,8 @@ class Login:
                 self.run.note(self.app.name, "CODE_TAKEN")
                 self.say("the broker took the TOTP code")
 
-    def press(self, view: View, step: str) -> None:
-        """Press the step's button, once."""
-        if self.browser.press(view, step, len(self.texts[step])):
-            self.pressed = True
-            self.run.by_hand.add(step)
-            self.wait_anew()
-        else:
-            self.browser.rest(0.1)
-
     def wait_anew(self) -> None:
-        self.moved = self.browser.clock()
+        self.moved, self.captcha_since = self.browser.clock(), None
 
     def say(self, text: str) -> None:
         self.run.tell(self.app.name, text)
@@ -2112,14 +2103,15 @@ class Login:
             return False
         return True
 
-    def try_next_code(self, refusal: LoginFailed) -> None:
+    def try_next_code(self, view: View, refusal: LoginFailed) -> None:
         """After a refused code one more from the next window; two codes not taken: none any more."""
         self.run.note(self.app.name, "CODE_REFUSED", str(refusal))
         if self.run.hold():
             raise refusal
         self.say("the broker refused the TOTP code; trying once more with the next one")
         code = toast(self.news)[1]
-        self.old, self.sent = f"[{code}]" if code else self.said, ""
+        self.old = f"[{code}]" if code else self.said
+        self.before, self.sent = view.text, ""  # what was dealt with is no news any more
         self.drop_code()
 
     def drop_code(self) -> None:
