@@ -2310,7 +2310,7 @@ def take_delivery(ctx: Context, config: Config, app: App, delivery: Delivery) ->
     profile answer must name the delivery's user, who must be the one of this database's tokens.
     """
     path, (user, token, valid_until) = ctx.path, delivery
-    # a stranger's costs no write lock; a database that is away is another matter
+    # what a stranger posts costs no write lock; a database that is away is another matter
     if path.exists() and not read_events(path, "number", "api_name = ? AND outcome = 'REQUESTED'", app.name):
         return "nothing was asked for"
     with transaction(path) as connection:
