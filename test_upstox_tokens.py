@@ -94,7 +94,7 @@ import time
 import unittest
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1235,6 +1235,8 @@ class World(contextlib.ExitStack):
     for the broker too. All that a run says is searched for secrets and for tracebacks.
     """
 
+    open_browser: Callable[..., Any] = upstox_tokens.Browser
+
     def __init__(self, apps: int = 6, moment: float | None = None,
                  env: Mapping[str, str | None] | None = None, broker: type[Broker] = Broker,
                  **switches: Any) -> None:
@@ -1244,7 +1246,6 @@ class World(contextlib.ExitStack):
         self.broker = broker(**switches)
         self.moment = moment
         self.prompts: list[str] = []
-        self.open_browser: Callable[..., Any] = upstox_tokens.Browser
         self.hidden = {KEY, PIN[:-1], base64.b64encode(PIN.encode()).decode()}
         self.err = io.StringIO()  # what the run in this process has said so far
 
@@ -1302,6 +1303,11 @@ class World(contextlib.ExitStack):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         return path
 
+    def exported(self) -> dict[str, str]:
+        """What the env file says, for the environment."""
+        lines = (self.folder / ".env").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines)
+
     def seed(self, *rows: Mapping[str, Any]) -> None:
         """Create the guide's table where it is missing, and add the rows."""
         with self.connection() as database:
@@ -1327,6 +1333,15 @@ class World(contextlib.ExitStack):
             made = recent - DAY if name == "WEBSOCKET3" else recent
             self.seed(token_row(name, self.broker.issue(name), made))
         self.broker.tokens[self.tokens()["WEBSOCKET2"]].live = False
+
+    def lock(self, *_: Any, kind: str = "IMMEDIATE") -> None:
+        """Another program writes to the database, until unlock()."""
+        self.holder = sqlite3.connect(self.db, isolation_level=None, check_same_thread=False)
+        self.callback(self.holder.close)
+        self.holder.execute(f"BEGIN {kind}")
+
+    def unlock(self) -> None:
+        self.holder.rollback()
 
     # ---- what is there after a run
 
@@ -1426,6 +1441,10 @@ class World(contextlib.ExitStack):
         self.check_said(done.out, done.err, *self.prompts)
         return done
 
+    def once_told(self, words: str, action: Callable[[], Any]) -> Any:
+        """Beside the block: the action, as soon as the run in it says this."""
+        return meanwhile(lambda: (self.until(lambda: words in self.err.getvalue()), action()))
+
     # ---- in a process of its own, which has the real clock
 
     def start(self, *argv: Any, program: Path | str = PROGRAM,
@@ -1520,7 +1539,7 @@ class World(contextlib.ExitStack):
 
 
 class SharedBrowser(upstox_tokens.Browser):
-    """The browser of a table's rows: its Chromium goes on to the next row, without its cookies."""
+    """Its Chromium goes on to the next run, without its cookies."""
 
     idle: list[tuple[Any, Any]] = []
     lent: list[SharedBrowser] = []
@@ -1605,7 +1624,12 @@ class Case(unittest.TestCase):
 
 
 class BrowserCase(Case):
-    """A test with a real browser: whatever it starts must be gone at its end, and all profiles."""
+    """Tests with a real browser: whatever they start must be gone in the end, and all profiles.
+
+    The runs of this process share their Chromium, one after the other.
+    """
+
+    temp: Path
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -1613,21 +1637,24 @@ class BrowserCase(Case):
             if "CI" in os.environ:
                 raise AssertionError(problem)
             raise unittest.SkipTest(problem)
+        stack = contextlib.ExitStack()
+        cls.addClassCleanup(stack.close)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="browsers-"))
+        cls.temp = Path(folder).resolve()
+        stack.enter_context(mock.patch.object(tempfile, "tempdir", str(cls.temp)))
+        stack.enter_context(mock.patch.object(World, "open_browser", SharedBrowser))
+        stack.callback(cls.check_clean)
+        stack.callback(SharedBrowser.end)
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.temp = Path(self.enter(tempfile.TemporaryDirectory(prefix="browsers-"))).resolve()
-        self.enter(mock.patch.object(tempfile, "tempdir", str(self.temp)))
-        self.addCleanup(self.assert_clean)
-        self.addCleanup(SharedBrowser.end)
-
-    def assert_clean(self) -> None:
-        left = [path for path in self.temp.iterdir() if not path.name.startswith("world-")]
-        self.assertEqual(left, [], "profiles left behind")
+    @classmethod
+    def check_clean(cls) -> None:
+        if left := [path for path in cls.temp.iterdir() if not path.name.startswith("world-")]:
+            raise AssertionError(f"profiles left behind: {left}")
         end = time.monotonic() + 10  # a crash handler notices by itself that its browser has gone
-        while (alive := processes(self.temp)) and time.monotonic() < end:
+        while alive := processes(cls.temp):
+            if time.monotonic() > end:
+                raise AssertionError(f"processes left behind: {alive}")
             time.sleep(0.05)
-        self.assertEqual(alive, {}, "processes left behind")
 
 
 def missing_for_browser() -> str:
@@ -2413,7 +2440,7 @@ class ConfigTest(Case):
         """
         world = self.world()
         own, beside = world.folder / ".env", world.folder / "bin"
-        program, text = shutil.copy(PROGRAM, beside), own.read_text()
+        program, text, settings = shutil.copy(PROGRAM, beside), own.read_text(), world.exported()
         for path, count in ((world.folder / "named", 4), (own, 3), (beside / ".env", 2)):
             path.touch(mode=0o600)
             path.write_text(re.sub(rf"(?m)^\w+_[{count}-9]=.*\n", "", text))
@@ -2434,7 +2461,6 @@ class ConfigTest(Case):
         own.mkdir()  # a folder of that name, as virtual environments have it, is no env file
         self.assertEqual(used(), (2, str(world.db)))
         beside.joinpath(".env").unlink()
-        settings = dict(line.split("=", 1) for line in text.splitlines())
         self.assertEqual(used(**settings), (6, str(world.db)))
         self.assertEqual(world.process("--status", program=program), (2, "", (
             f"error: No UPSTOX_ setting was found, neither in the environment nor in {own} and "
@@ -2447,8 +2473,7 @@ class ConfigTest(Case):
     def test_folder_that_may_not_be_searched(self) -> None:
         """As for `sudo -u` in the home of root: there is no env file, others may hold settings."""
         world, out, err, before = self.world(), io.StringIO(), io.StringIO(), os.getcwd()
-        settings = dict(line.split("=", 1) for line in (world.folder / ".env").read_text().split())
-        closed = world.folder / "closed"
+        settings, closed = world.exported(), world.folder / "closed"
         closed.mkdir()
         self.addCleanup(os.chdir, before)
         os.chdir(closed)
@@ -2599,6 +2624,8 @@ KEYED = "DROP TABLE upstox_tokens; CREATE TABLE upstox_tokens (id integer PRIMAR
 OTHER_NAME = "UPDATE upstox_tokens SET api_name = '{}' WHERE api_name = 'WEBSOCKET1'; "
 UNIQUE = "CREATE UNIQUE INDEX i ON upstox_tokens ({})"
 REJECT = "CREATE TRIGGER no BEFORE INSERT ON upstox_tokens BEGIN SELECT RAISE(ABORT, 'no'); END"
+UNNOTED = ("CREATE TRIGGER no BEFORE INSERT ON upstox_token_audit WHEN NEW.outcome = '{}' "
+           "BEGIN SELECT RAISE(ABORT, 'no more rows'); END")
 UNWRITTEN = ("last_refreshed", "refresh_token", "purpose", "user_id")
 
 
@@ -2720,16 +2747,14 @@ class DatabaseTest(Case):
             with World(moment=NOON, **REFUSED) as world:
                 world.sql(f"PRAGMA journal_mode = {mode}")
                 world.seed_guide()
-                holder = sqlite3.connect(world.db, isolation_level=None, check_same_thread=False)
-                with contextlib.closing(holder):
-                    holder.execute(f"BEGIN {begin}")
-                    timer = threading.Timer(seconds, holder.rollback)
-                    timer.start()
-                    if seconds < 1 or free:
-                        self.assertEqual(world.call(*argv).out[:len(GUIDE)], GUIDE)
-                    else:
-                        self.refuse(world, LOCKED, *argv)
-                    timer.join()
+                world.lock(kind=begin)
+                timer = threading.Timer(seconds, world.unlock)
+                timer.start()
+                if seconds < 1 or free:
+                    self.assertEqual(world.call(*argv).out[:len(GUIDE)], GUIDE)
+                else:
+                    self.refuse(world, LOCKED, *argv)
+                timer.join()
 
         with mock.patch.multiple(upstox_tokens, PROOF_SECONDS=1, READ_SECONDS=1):
             self.table(work, itertools.product(
@@ -2793,18 +2818,14 @@ PIN_HOLD = "the last PIN that was sent did not lead to a login"
 CODE_HOLD = "the broker did not take the last two TOTP codes that were sent"
 PROVEN = "PIN_SENT PIN_TAKEN"
 HOLDS = {  # what happened: the hold, if there is one
-    "": "", "CODE_SENT": "", "CODE_SENT CODE_SENT": CODE_HOLD, "CODE_SENT CODE_TAKEN CODE_SENT": "",
-    "CODE_SENT CODE_NOT_SENT CODE_SENT": "", "CODE_SENT CODE_TAKEN CODE_SENT CODE_SENT": CODE_HOLD,
-    "PIN_SENT": PIN_HOLD, "PIN_SENT PIN_NOT_SENT": "", PROVEN: "", f"{PROVEN} PIN_SENT": "",
-    f"{PROVEN} PIN_SENT PIN_SENT": PIN_HOLD, f"{PROVEN} PIN_SENT PIN_NOT_SENT PIN_SENT": "",
-    f"{PROVEN} PIN_SENT PIN_TAKEN PIN_SENT": "", "CODE_SENT FAILED PIN_NOT_SENT": "",
-    "PIN_SENT FAILED GENERATED REQUESTED REFUSED": PIN_HOLD,
-    "PIN_SENT CODE_SENT CODE_TAKEN": PIN_HOLD,
-    "HOLD": NOTED, f"{PROVEN} HOLD": NOTED, "HOLD FAILED GENERATED": NOTED,
-    f"HOLD {PROVEN}": NOTED, "PIN_SENT HOLD_LIFTED": "", "CODE_SENT CODE_SENT HOLD_LIFTED": "",
+    "CODE_SENT CODE_SENT": CODE_HOLD, "CODE_SENT CODE_TAKEN CODE_SENT": "",
+    "CODE_SENT CODE_TAKEN CODE_SENT CODE_SENT": CODE_HOLD, "CODE_SENT CODE_NOT_SENT CODE_SENT": "",
     "CODE_SENT CODE_NOT_SENT CODE_SENT CODE_SENT": CODE_HOLD,
-    "PIN_SENT PIN_NOT_SENT PIN_SENT": PIN_HOLD, "HOLD HOLD_LIFTED CODE_SENT": "",
-    "HOLD HOLD_LIFTED": "", "HOLD HOLD_LIFTED PIN_SENT": PIN_HOLD,
+    "PIN_SENT CODE_SENT CODE_TAKEN FAILED GENERATED REQUESTED REFUSED": PIN_HOLD,
+    "PIN_SENT PIN_NOT_SENT": "", "PIN_SENT PIN_NOT_SENT PIN_SENT": PIN_HOLD,
+    f"{PROVEN} PIN_SENT": "", f"{PROVEN} PIN_SENT PIN_SENT": PIN_HOLD,
+    f"{PROVEN} HOLD FAILED GENERATED {PROVEN}": NOTED, "HOLD HOLD_LIFTED CODE_SENT": "",
+    "PIN_SENT HOLD_LIFTED": "", "CODE_SENT CODE_SENT HOLD_LIFTED": "",
     f"{PROVEN} HOLD HOLD_LIFTED PIN_SENT": PIN_HOLD}  # it has to prove itself again
 
 
@@ -2822,7 +2843,7 @@ class HoldTest(Case):
                 self.assertEqual((done.code, done.err, json.loads(done.out)["hold"]),
                                  (0, told, hold or None))
                 self.assertEqual(world.snapshot(), before)
-                done = world.call("--mode", "ALL")
+                done = world.call("--mode", "PARTIAL", "--apis", "PRIMARY,WEBSOCKET1")
                 if hold:
                     end = "".join(f"{name}: not tried: {hold}. {UNTIL}\n" for name in world.names)
                     self.assertEqual(done.out.split("\n\n")[-1], end)
@@ -2847,9 +2868,6 @@ class HoldTest(Case):
                 ({"UPSTOX_TOTP": TOTP_SECRET.lower() + "  ="}, 3), ({}, 3)):
             with self.subTest(changes):
                 self.assertEqual(world.call("--mode", "ALL", **changes).code, code)
-        self.assertTrue(json.loads(world.call("--status", "--json").out)["hold"])
-        lock = world.folder / "vega_trade.db.upstox-lock"
-        self.assertEqual((lock.read_bytes(), stat.S_IMODE(lock.stat().st_mode)), (b"", 0o600))
 
     def test_operator_goes_ahead(self) -> None:
         """From the menu only, after being told why; nothing but yes is yes."""
@@ -2868,7 +2886,7 @@ class HoldTest(Case):
             self.assertEqual(world.call("--mode", "ALL").code, code)
         world = self.world(apps=1, moment=NOON, **REFUSED)
         remember(world, "HOLD")
-        world.sql(REJECT.replace("upstox_tokens", "upstox_token_audit"))
+        world.sql(UNNOTED.format("HOLD_LIFTED"))
         done = world.call(answers=["1", "y"])  # which cannot be noted
         self.assertEqual((done.code, world.broker.count("dialog")), (2, 0), done.out)
 
@@ -2876,19 +2894,14 @@ class HoldTest(Case):
         """The operator goes ahead only from the one that he was told."""
         def answers() -> Iterator[str]:
             yield "1"
-            remember(world, "HOLD", reason="another")
+            remember(world, event, reason="another")
             yield "y"
 
         world = self.world(apps=1, moment=NOON, **REFUSED)
         remember(world, "HOLD")
-        self.assertEqual((world.call(answers=answers()).code, world.audit("HOLD_LIFTED")), (3, []))
-
-        def lifted() -> Iterator[str]:
-            yield "1"
-            remember(world, "HOLD_LIFTED")
-            yield "y"
-
-        self.assertEqual(world.call(answers=lifted()).code, 1)
+        for event, code in (("HOLD", 3), ("HOLD_LIFTED", 1)):
+            self.assertEqual(world.call(answers=answers()).code, code)
+            self.assertEqual(len(world.audit("HOLD_LIFTED")), event == "HOLD_LIFTED")
 
     def test_last_attempt(self) -> None:
         """The newest ending of each app, whoever ran it; an older table is read and extended."""
@@ -2953,8 +2966,13 @@ class HoldTest(Case):
 # ==== Readiness, usage, surroundings ==============================================================
 
 
+TIMELESS = "unknown, since the broker told no time; compare it by hand"
+
+
 class ReadinessTest(Case):
     """--check as far as no browser is needed; it writes nothing and spends nothing."""
+
+    flow = "V3"
 
     def check(self, world: World, **problems: str) -> None:
         """These lines tell a problem, all others are ok; a name of two words has an underscore."""
@@ -2962,9 +2980,10 @@ class ReadinessTest(Case):
                  "clock", "hold", *world.names)
         lines = [f"{name:<14}: {problems.get(name.replace(' ', '_'), 'ok')}\n" for name in names]
         before = world.snapshot()
-        done = world.call("--check", "--flow", "V3")
-        self.assertEqual(done, (int(bool(problems)), "".join(lines), ""))
-        self.assertEqual((world.snapshot() | before, world.sent()), (world.snapshot(), (0, 0, 0)))
+        done = world.call("--check", "--flow", self.flow)
+        progress = done.err if self.flow == "SELENIUM" else ""
+        self.assertEqual(done, (int(bool(problems)), "".join(lines), progress))
+        self.assertEqual((world.snapshot(), world.sent()), (before, (0, 0, 0)))
 
     def test_lines(self) -> None:
         ready = functools.partial(self.world, 2, NOON, notifier_url=NOTIFIER)
@@ -2972,8 +2991,7 @@ class ReadinessTest(Case):
             world = ready(clock_offset=offset)
             self.check(world)
             self.assertFalse(world.db.exists())
-        timeless = "unknown, since the broker told no time; compare it by hand"
-        self.check(ready(clock_offset=None), clock=timeless)
+        self.check(ready(clock_offset=None), clock=TIMELESS)
         world.sql("CREATE TABLE orders (id)")
         self.check(world)
         world.seed_guide()
@@ -2988,8 +3006,7 @@ class ReadinessTest(Case):
                                  "WEBSOCKET1": {"dialog_answer": "reset"}}),
                    PRIMARY=words, WEBSOCKET1=silent)
         world.write_env(UPSTOX_BASE_URL=f"http://127.0.0.1:{free_port()}")
-        self.check(world, broker=silent, PRIMARY=silent, WEBSOCKET1=silent,
-                   clock=timeless)
+        self.check(world, broker=silent, PRIMARY=silent, WEBSOCKET1=silent, clock=TIMELESS)
         world = ready()
         world.db.write_text("no database " * 99)
         self.check(world, hold="unknown, since the database cannot be read", database=(
@@ -3018,19 +3035,23 @@ USAGE = {  # what is typed: the end of what is said
     "--flow FAX": "argument --flow: invalid choice: 'FAX' .*",
     "--json": "--json goes with --status or --mode", "extra": "unrecognized arguments: extra",
     "--headed": r"--headed needs a display \(DISPLAY is not set\)",
-    "--unknown": "unrecognized arguments: --unknown", "--stat": "unrecognized arguments: --stat",
+    "--stat": "unrecognized arguments: --stat",
     **{f"--wait {value}": "argument --wait: expected minutes, more than 0 and at most 1440"
        for value in ("0", "-1", "soon", "nan", "inf", "1441")},
     **{f"--mode PARTIAL --apis {value}": f"--apis: {name} is not one of PRIMARY, WEBSOCKET1"
        for value, name in (("FOO", "FOO"), ("PRIMARY,websocket2", "WEBSOCKET2"), ("1", "1"))},
     **dict.fromkeys(("--mode PARTIAL --apis ,", "--mode PARTIAL --apis="),
-                    "--apis: name at least one API")}
+                    "--apis: name at least one API"),
+    # a run that could not be reached would wait in vain
+    "--mode ALL --flow V3 --serve nonsense": "--serve: nonsense is not HOST:PORT",
+    "--mode ALL --flow V3 --serve 0.0.0.0:1":
+        "UPSTOX_SERVE_KEY: is not set; serving beyond loopback needs it"}
 
 
 class UsageTest(Case):
     def test_errors(self) -> None:
         """Exit 2 with a sentence, and nothing was asked or changed."""
-        world = self.world(apps=2)
+        world = self.world(apps=2, notifier_url=NOTIFIER)
         before = world.snapshot()
 
         def work(row: tuple[str, str]) -> None:
@@ -3102,40 +3123,20 @@ class SurroundingsTest(Case):
             self.assertNotEqual(self.shell(world, "tool --status >/dev/full")[0], 0)
 
     def test_bug(self) -> None:
-        """Told by its place, not by its words, which may hold anything."""
-        world, out, err = self.world(), io.StringIO(), io.StringIO()
-        code = upstox_tokens.main(["--status", "--env-file", str(world.folder / ".env")], out=out,
-                                  err=err, environ=world.environ({}), now=lambda: {}[PIN])
-        self.assertEqual((code, out.getvalue()), (1, ""))
-        told = re.fullmatch(r"error: internal error, KeyError at line (\d+)\. Please report it\.\n",
-                            err.getvalue())
-        self.assertIn(".now()", PROGRAM.read_text().splitlines()[int(told[1]) - 1])
-        world.seed_valid()  # one of those side by side, in a thread
-        fault = mock.patch.object(urllib.request.OpenerDirector, "open", side_effect=KeyError(PIN))
-        with (fault, contextlib.redirect_stderr(io.StringIO()) as stream):
-            code = upstox_tokens.main(["--status", "--env-file", str(world.folder / ".env"), "--db",
-                                       str(world.db)], out=out, err=(told := io.StringIO()),
-                                      environ=world.environ({}))
-        self.assertEqual((code, out.getvalue(), stream.getvalue()), (1, "", ""))
-        self.assertRegex(told.getvalue(), r"\Aerror: internal error, KeyError at line \d+\. Please "
-                                          r"report it\.\n\Z")
-
-    def test_packages_that_are_missing(self) -> None:
-        """Told with the command that installs them where a browser is needed; all else works."""
-        world = self.world(notifier_url=NOTIFIER)
+        """Told by its place, not by its words, which may hold anything; in a thread, too."""
+        world = self.world()
         world.seed_valid()
-        site = world.folder / "site"
-        site.mkdir()
-        site.joinpath("sitecustomize.py").write_text(
-            "import sys; sys.path[:] = [place for place in sys.path if '-packages' not in place]")
-        missing = (f"error: selenium and pyotp missing. Run: {shlex.quote(sys.executable)} -m pip "
-                   "install selenium pyotp\n")
-        for line, code in (("--status", 0), ("--import-config", 0), ("--check --flow V3", 0),
-                           ("--help", 0), ("--mode ALL", 2), ("--check", 2)):
-            done = world.process(*line.split(), env={"PYTHONPATH": str(site)})
-            self.assertEqual((done.code, done.err), (code, missing if code else ""), line)
-        world.serve(env={"PYTHONPATH": str(site)})
-        self.assertEqual(len(world.ask().json["valid"]), 6)
+        for owner, name in ((world, "now"), (urllib.request.OpenerDirector, "open")):
+            out, err = io.StringIO(), io.StringIO()
+            with (mock.patch.object(owner, name, side_effect=KeyError(PIN)),
+                  contextlib.redirect_stderr(io.StringIO()) as stream):
+                code = upstox_tokens.main(
+                    ["--status", "--env-file", str(world.folder / ".env"), "--db", str(world.db)],
+                    out=out, err=err, environ=world.environ({}), now=world.now)
+            self.assertEqual((code, out.getvalue(), stream.getvalue()), (1, "", ""))
+            told = re.fullmatch(r"error: internal error, KeyError at line (\d+)\. Please report "
+                                r"it\.\n", err.getvalue())
+            self.assertIn(f".{name}(", PROGRAM.read_text().splitlines()[int(told[1]) - 1])
 
 
 # ==== From Python, and the files themselves =======================================================
@@ -3168,7 +3169,9 @@ class ModuleTest(Case):
         self.assertEqual((world.snapshot(), world.broker.requests), (before, []))
 
     def test_import(self) -> None:
-        """No side effects; no third party is imported, neither then nor by these commands."""
+        """No side effects; third parties are for logins only. Where they are missing, these tell
+        the command that installs them, and all else works.
+        """
         script = """import os, signal, socket, sys, threading
 mask, handlers = os.umask(18), [signal.getsignal(number) for number in (2, 15, 13)]
 import upstox_tokens
@@ -3176,16 +3179,27 @@ assert os.umask(mask) == 18 and threading.active_count() == 1 and not socket.get
 codes = [upstox_tokens.main(line.split()) for line in sys.argv[1:]]
 assert handlers == [signal.getsignal(number) for number in (2, 15, 13)]
 assert not {'selenium', 'pyotp', 'urllib3'} & set(sys.modules)
-sys.exit(f'ended with {codes}' if any(codes) else 0)"""
+sys.exit(f'{codes}')"""
         world = self.world(notifier_url=NOTIFIER)
+        site = world.folder / "site"
+        site.mkdir()
+        site.joinpath("sitecustomize.py").write_text(
+            "import sys; sys.path[:] = [place for place in sys.path if '-packages' not in place]")
         env, before = {"PYTHONPATH": str(PROGRAM.parent)}, world.snapshot()
-        self.assertEqual(world.process(script, program="-c", env=env), (0, "", ""))
+        bare = {"PYTHONPATH": f"{site}{os.pathsep}{PROGRAM.parent}"}
+        self.assertEqual(world.process(script, program="-c", env=env), (1, "", "[]\n"))
         self.assertEqual(world.snapshot(), before)
         world.seed_valid()
-        lines = ("--status", "--help", "--mode INVALID_ONLY", "", "--import-config",
-                 "--check --flow V3")
+        lines = ("--status", "--help", "", "--import-config", "--check --flow V3",
+                 "--mode INVALID_ONLY")
         done = world.process(script, *lines, program="-c", env=env)
-        self.assertEqual((done.code, done.err), (0, ""))
+        self.assertEqual(done.err, "[0, 0, 0, 0, 0, 0]\n")
+        done = world.process(script, *lines, "--check", program="-c", env=bare)
+        self.assertEqual(done.err, 2 * (
+            f"error: selenium and pyotp missing. Run: {shlex.quote(sys.executable)} -m pip install "
+            "selenium pyotp\n") + "[0, 0, 0, 0, 0, 2, 2]\n")
+        world.serve(env=bare)
+        self.assertEqual(len(world.ask().json["valid"]), 6)
 
     def test_packages(self) -> None:
         """Two packages, which the file names itself; imported inside functions."""
@@ -3233,7 +3247,7 @@ sys.exit(f'ended with {codes}' if any(codes) else 0)"""
         self.assertLessEqual(named - known, stems)
 
 
-@unittest.skipUnless(shutil.which("faketime"), "faketime is needed (apt install faketime)")
+@unittest.skipUnless(sys.platform == "linux", "GNU date is needed")
 class ScheduleTest(Case):
     """The crontab lines of the README, run as cron runs them, in machine zones around the world."""
 
@@ -3251,18 +3265,19 @@ class ScheduleTest(Case):
                   for moment in [monday + timedelta(hours=hour, minutes=int(minute))]
                   if SLOW or moment.astimezone(ist).hour in (3, 8) or moment.hour == 3]
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(4) as pool:
-            python = Path(folder, ".venv", "bin", "python")
-            python.parent.mkdir(parents=True)
-            python.write_text('#!/bin/sh\necho "$@"\n')
-            python.chmod(0o700)
+            Path(folder, ".venv", "bin").mkdir(parents=True)
+            for name, script in ((".venv/bin/python", 'echo "$@"'), ("date", (
+                    f'exec {shutil.which("date")} -d "$MOMENT UTC" "$@"'))):
+                Path(folder, name).write_text(f"#!/bin/sh\n{script}\n")
+                Path(folder, name).chmod(0o700)
 
             def run(start: tuple[str, datetime, str]) -> str:
                 zone, moment, command = start
                 line = command.replace("\\%", "%").replace("/srv/vega", folder)
-                at = f"{moment:%Y-%m-%d %H:%M:01} UTC"
                 done = subprocess.run(
-                    ["faketime", at, "env", f"TZ={zone}", "sh", "-c", line], encoding="utf-8",
-                    env={"PATH": os.environ["PATH"], "TZ": "UTC"}, capture_output=True)
+                    ["sh", "-c", line], encoding="utf-8", capture_output=True, env={
+                        "PATH": f"{folder}:{os.environ['PATH']}", "TZ": zone,
+                        "MOMENT": f"{moment:%Y-%m-%d %H:%M:01}"})
                 self.assertEqual((done.returncode, done.stderr), (0, ""), line)
                 return done.stdout
 
@@ -3300,14 +3315,48 @@ class LoginCase(BrowserCase):
             tried = bool(sentence) and not sentence.startswith("not tried")
             self.assertEqual(failed.count((name, "FAILED")), tried, name)
 
-    def check_nothing_tried(self, world: World, *argv: str) -> None:
+    def check_nothing_tried(self, world: World) -> None:
         """Under a hold: exit 3 with the way out, before the dialog is asked for, no browser."""
         before = world.sent(), world.browsers(), world.broker.count("dialog")
-        done = world.call("--mode", *(argv or ["INVALID_ONLY"]))
+        done = world.call("--mode", "INVALID_ONLY")
         after = world.sent(), world.browsers(), world.broker.count("dialog")
         self.assertEqual((done.code, after), (3, before), done.out + done.err)
         self.assertRegex(done.out, r"(?m)^[A-Z0-9]+: not tried: .*goes ahead from the menu")
         self.assertIn("Logins are on hold: ", world.call("--status").err)
+
+    def meet(self, row: Login) -> None:
+        """A row of LOGINS or PINS."""
+        apps = len(row.said) + 2 * (row.code == 3)
+        with World(apps, moment=NOON, **copy.deepcopy(row.switches)) as world:
+            old = world.seed_old()
+            remember(world, row.before)
+            world.broker.acts["page"] = lambda _: world.sql(row.trigger)
+            done = world.call("--mode", "INVALID_ONLY", DISPLAY=":0")
+            self.check(world, done, row.code, row.said, row.sent)
+            stolen = [request.body for request in world.broker.asked("foreign") if request.body]
+            self.assertEqual((world.browsers(), stolen), (row.browsers, []), done.err)
+            self.assertEqual(len(set(world.broker.codes)), row.sent[1], "a code was sent twice")
+            got = [name for name, sentence in zip(world.names, row.said) if not sentence]
+            self.assertEqual([name for name in old if world.tokens()[name] != old[name]], got)
+            events = [outcome for name, outcome in world.audit() if name == "PRIMARY"]
+            self.assertEqual(events, row.events.split() or events)
+            if row.held:
+                self.check_nothing_tried(world)
+            else:
+                self.assertEqual(world.call("--status").err, "", "a hold")
+            if row.said[0].startswith("failed: "):
+                self.check_stranger(world, row, done)
+
+    def check_stranger(self, world: World, row: Login, done: Done) -> None:
+        self.assertNotRegex(done.out, "blank|TOTP")
+        taken = row.sent[1] and row.switches != {"otp_answer": "foreign"}  # which proves nothing
+        self.assertEqual(world.audit("CODE_TAKEN", "HOLD", "PIN_SENT"),
+                         [("PRIMARY", "CODE_TAKEN")] * taken)
+        if row.switches in CHECKED:
+            before = world.snapshot()
+            done = world.call("--check", DISPLAY=":0")
+            self.assertRegex(done.out, f"(?m)^login page +: {row.said[0].replace('failed: ', '')}")
+            self.assertEqual((done.code, world.sent(), world.snapshot()), (1, (0, 0, 0), before))
 
 
 class GuideTest(LoginCase):
@@ -3427,14 +3476,10 @@ class VariantTest(BrowserCase):
     def log_in(self, row: Any) -> None:
         switches, looks, sent = row
         with World(len(looks), moment=NOON, by_app=dict(zip(APPS, looks)), **switches) as world:
-            world.open_browser = SharedBrowser
             done = world.call("--mode", "ALL")
             valid = summary(**dict.fromkeys(world.names, "VALID"))
             self.assertEqual((done.code, done.out, world.sent()), (0, valid, sent), done.err)
-            self.assertEqual(sorted(set(world.broker.logins)), sorted(world.names))
             self.assertEqual(world.browsers(), 1)
-            codes = world.broker.codes
-            self.assertEqual(len(set(codes)), len(codes), "a TOTP code was sent twice")
 
 
 class Login(NamedTuple):
@@ -3447,6 +3492,8 @@ class Login(NamedTuple):
     browsers: int = 1
     held: bool = False  # whether no unattended run may try again
     events: str = ""  # of the first app, where they matter
+    before: str = ""  # what is remembered of earlier runs
+    trigger: str = ""  # what the database does not take any more, once the page has come
 
 
 def codes(answers: list[str], said: Sequence[str], sent: tuple[int, int, int]) -> Login:
@@ -3500,6 +3547,13 @@ LOGINS: list[Any] = [
     slow(Login({"mobile_answer": ["reset"]}, 1, ["lost its connection", ""], (2, 1, 1))),
     # a code that led to another page was taken, whatever that page wants; no PIN is invented
     Login({"create_pin": True}, 1, ["failed: .*create a new PIN"], (1, 1, 0)),
+    # what cannot be noted is not sent; a token that cannot be stored costs one login
+    *(Login({"otp_autosubmit": 0, "pin_autosubmit": 0}, 1, [words, "not tried.*PRIMARY"], sent,
+            trigger=trigger)
+      for trigger, words, sent in (
+          (UNNOTED.format("CODE_SENT"), "cannot be noted", (1, 0, 0)),
+          (UNNOTED.format("PIN_SENT"), "cannot be noted", (1, 1, 0)),
+          (REJECT, "could not be stored", (1, 1, 1)))),
     # two codes that were not taken are enough
     Login({"otp_answer": [WRONG_OTP]}, 0, ["", ""], (1, 2, 2), events="CODE_SENT CODE_REFUSED "
           "CODE_SENT CODE_TAKEN PIN_SENT PIN_TAKEN GENERATED"),
@@ -3510,9 +3564,7 @@ LOGINS: list[Any] = [
           ["account is locked"], (1, 2, 1), held=True),
     codes(["Invalid OTP. Please resend OTP and try again [1017070]"] * 2, ["TOTP.*UPSTOX_TOTP"],
           (1, 2, 0)),
-    slow(codes([WRONG_OTP] * 2, ["TOTP.*UPSTOX_TOTP"], (1, 2, 0))),
     slow(codes(["Incorrect code", "Invalid OTP [1017555]"], ["TOTP.*UPSTOX_TOTP"], (1, 2, 0))),
-    slow(codes(["1017076"] * 9, ["session"] * 2, (2, 2, 0))),
     codes(["1017079"] * 9, ["session.* Run again[.]", "session.* Logins are on hold now; go"],
           (2, 2, 0)),
     slow(codes(["silent"] * 9, ["said nothing"] * 2, (2, 2, 0))),
@@ -3522,7 +3574,6 @@ LOGINS: list[Any] = [
     slow(stranger({"dialog_answer": ["", "", "", "html"]}, unknown('"Service Unavailable'),
                   (0, 0, 0))),
     stranger({"dialog_answer": "foreign"}, FOREIGN, (0, 0, 0)),
-    slow(stranger({"mobile_answer": "foreign"}, FOREIGN, (1, 0, 0))),
     stranger({"otp_answer": "foreign"}, FOREIGN, (1, 1, 0)),
     slow(stranger({"leave_on_input": "mobileNum"}, FOREIGN, (0, 0, 0))),
     slow(stranger({"leave_on_input": "otpNum"}, FOREIGN, (1, 0, 0))),
@@ -3540,14 +3591,54 @@ LOGINS: list[Any] = [
           ("continueBtn", "go", "Verify your number", "otpNum, go", (1, 0, 0)),
           ("pinCode", "secret", "Hi Asha", "secret, pinContinueBtn", (1, 1, 0)),
           ("pinContinueBtn", "go", "Hi Asha", "pinCode, go", (1, 1, 0)))),
-    slow(stranger({"captcha": "never"}, CHALLENGE, (0, 0, 0))),
-    stranger({"captcha": "never", "captcha_form": "div"}, CHALLENGE, (0, 0, 0)),
-    stranger({"captcha": "never", "captcha_form": "frame"}, CHALLENGE, (0, 0, 0)),
-    stranger({"captcha": "never", "captcha_form": "explicit"}, CHALLENGE, (0, 0, 0)),
-    stranger({"captcha": "never", "captcha_form": "page"}, CHALLENGE, (0, 0, 0))]
+    *(stranger({"captcha": "never", "captcha_form": form}, CHALLENGE, (0, 0, 0))
+      for form in ("div", "frame", "explicit", "page"))]
 # what --check meets too, before anything is spent
 CHECKED = ({"dialog_answer": "foreign"}, {"rename": {"mobileNum": "phone"}},
-           {"captcha": "never", "captcha_form": "explicit"}, {"captcha": "never"})
+           {"captcha": "never", "captcha_form": "explicit"})
+
+
+def pin(switches: Mapping[str, Any], words: str, arriving: int = 1, **more: Any) -> Login:
+    """A run whose PIN leads nowhere: one is sent, no other app is tried, and nothing after it."""
+    return Login(switches, 3, [words], (1, 1, arriving), **{"held": True, **more})
+
+
+KNOWN = {"before": PROVEN}
+LOST = r"session\. The PIN had been sent"
+PINS: list[Any] = [
+    # a PIN that was never accepted holds all unattended runs, whatever is answered
+    pin({"pin_autosubmit": 0, "by_script": True, "pin_answer": "silent", "counter": 400,
+         "late_name": 900}, "PIN.* said nothing"),
+    pin({"clears": "pinCode", "pin_autosubmit": 0, "pin_answer": "silent"}, "PIN"),
+    pin({"pin_autosubmit": 0, "by_script": True, "unguarded": True, "toast_ms": 60_000,
+         "step_delay": 1, "late_words": "Verifying", "pin_answer": DEVANAGARI},
+        f'PIN.*"{DEVANAGARI[:30]}'),
+    pin({"pin_answer": "Resend your request [1017600]"}, r"Resend.*\. The PIN had"),
+    pin({"pin_answer": "The OTP or TOTP is incorrect [1017070]"},  # of the code
+        r"after the PIN the login page said: The OTP.*\. The PIN had"),
+    slow(pin({"pin_autosubmit": 150, "jam": 500, "pin_answer": "1017999"}, "something went wrong")),
+    slow(pin({"pin_answer": "1017079"}, LOST)),
+    slow(pin({"pin_answer": " "}, "PIN.* said nothing")),  # a toast without words
+    slow(pin({"pin_answer": DEVANAGARI}, f'PIN.*"{DEVANAGARI[:30]}')),
+    slow(pin({"pin_answer": "reset"}, "connection.*PIN had been sent")),
+    slow(pin({"pin_answer": "hang"}, "PIN.* said nothing")),
+    slow(pin({"pin_answer": "Please be patient"}, 'PIN.*"Please be patient"')),
+    slow(pin({"pin_answer": DEVANAGARI + "[1017601]"}, f"{DEVANAGARI[:30]}.*PIN had been")),
+    slow(pin({"clears": "pinCode"}, "PIN", 0)),
+    slow(pin({"pin_answer": "something_went_wrong"}, "something went wrong.*PIN had been")),
+    slow(pin({"pin_answer": "dormant"}, "dormant.*PIN had been sent")),
+    # one that was accepted before does so only when it is refused in words, or the account locked
+    pin({"pin_answer": f"Invalid PIN {PIN}. Try again"}, "refused the PIN .*UPSTOX_PIN",
+        **KNOWN),
+    pin({"pin_answer": "Incorrect PIN. Use Forgot PIN to resend an OTP [1017073]"},
+        "refused the PIN .*UPSTOX_PIN", **KNOWN),
+    pin({"pin_answer": "1017090"}, "locked.*Unlock", **KNOWN),
+    slow(pin({"pin_autosubmit": 0, "pin_answer": WRONG_PIN}, "refused the PIN", **KNOWN)),
+    pin({"pin_answer": "consent"}, 'not know.*"Allow access to your account', held=False,
+        **KNOWN),
+    slow(pin({"pin_answer": "foreign"}, "login.upst0x.localhost", held=False, **KNOWN)),
+    slow(pin({"pin_answer": "terms"}, "not know.*We have updated", held=False, **KNOWN)),
+    Login({"pin_answer": "1017007"}, 1, [LOST, "not tried"], (1, 1, 1), **KNOWN)]
 
 
 class FailureTest(LoginCase):
@@ -3556,41 +3647,9 @@ class FailureTest(LoginCase):
     def test_logins(self) -> None:
         self.table(self.meet, LOGINS, workers=4)
 
-    def meet(self, row: Login) -> None:
-        apps = len(row.said) + 2 * (row.code == 3)
-        with World(apps, moment=NOON, **copy.deepcopy(row.switches)) as world:
-            world.open_browser = SharedBrowser
-            old = world.seed_old()
-            done = world.call("--mode", "INVALID_ONLY", DISPLAY=":0")
-            self.check(world, done, row.code, row.said, row.sent)
-            stolen = [request.body for request in world.broker.asked("foreign") if request.body]
-            self.assertEqual((world.browsers(), stolen), (row.browsers, []), done.err)
-            self.assertEqual(len(set(world.broker.codes)), row.sent[1], "a code was sent twice")
-            got = [name for name, sentence in zip(world.names, row.said) if not sentence]
-            self.assertEqual([name for name in old if world.tokens()[name] != old[name]], got)
-            events = [outcome for name, outcome in world.audit() if name == "PRIMARY"]
-            self.assertEqual(events, row.events.split() or events)
-            if row.held:
-                self.check_nothing_tried(world)
-            else:
-                self.assertEqual(world.call("--status").err, "", "a hold")
-            if row.said[0].startswith("failed: "):
-                self.check_stranger(world, row, done)
-
-    def check_stranger(self, world: World, row: Login, done: Done) -> None:
-        self.assertNotRegex(done.out, "blank|TOTP")
-        taken = row.sent[1] and row.switches != {"otp_answer": "foreign"}  # which proves nothing
-        self.assertEqual(world.audit("CODE_TAKEN", "HOLD", "PIN_SENT"),
-                         [("PRIMARY", "CODE_TAKEN")] * taken)
-        if row.switches in CHECKED:
-            before = world.snapshot()
-            done = world.call("--check", DISPLAY=":0")
-            self.assertRegex(done.out, f"(?m)^login page +: {row.said[0].replace('failed: ', '')}")
-            self.assertEqual((done.code, world.sent(), world.snapshot()), (1, (0, 0, 0), before))
-
     def test_token_that_the_broker_does_not_take(self) -> None:
         """It is stored all the same, found dead, and marked so for its readers."""
-        world = self.world(1, moment=NOON, profile_answer="401")
+        world = self.world(1, moment=NOON, profile_answer="401", **DIRECT)
         done = world.call("--mode", "ALL")
         self.assertEqual(done.code, 1, done.err)
         self.assertTrue(done.out.startswith(summary(PRIMARY="INVALID (401)")), done.out)
@@ -3602,6 +3661,8 @@ class FailureTest(LoginCase):
         """Before a secret was typed: once more. While the PIN is under way: never."""
         world = self.world(3, moment=NOON, config_delay=60,
                            by_app={"WEBSOCKET1": {"pin_answer": "hang"}})
+        world.open_browser = upstox_tokens.Browser
+        SharedBrowser.end()  # so that only this one is there
 
         def kill_twice() -> None:
             for condition in (lambda: world.broker.count("config"), lambda: world.sent()[2] == 2):
@@ -3620,80 +3681,12 @@ class FailureTest(LoginCase):
 class PinTest(LoginCase):
     """Whatever is answered to the PIN: one in a run, none any more once it may be wrong."""
 
-    # what the page does, what is said of it, whether the PIN was refused in words or the account
-    # is locked, exit code while one more unattended try is allowed, PINs that reach the broker
-    ANSWERS: list[Any] = [
-        ({"pin_autosubmit": 0, "by_script": True, "pin_answer": "silent", "counter": 400,
-          "late_name": 900}, "PIN.* said nothing", False, 1, 1),
-        ({"pin_answer": "consent"}, 'not know.*"Allow access to your account', False, 3, 1),
-        ({"clears": "pinCode", "pin_autosubmit": 0, "pin_answer": "silent"}, "PIN", False, 1, 1),
-        ({"pin_autosubmit": 0, "by_script": True, "unguarded": True, "toast_ms": 60_000,
-          "step_delay": 1, "late_words": "Verifying", "pin_answer": DEVANAGARI},
-         f'PIN.*"{DEVANAGARI[:30]}', False, 1, 1),
-        ({"pin_answer": "Resend your request [1017600]"}, r"Resend.*\. The PIN had", False, 1, 1),
-        ({"pin_answer": "The OTP or TOTP is incorrect [1017070]"},
-         r"after the PIN the login page said: The OTP.*\. The PIN had", False, 1, 1),  # of the code
-        ({"pin_answer": "1017007"}, r"session\. The PIN had been sent", False, 1, 1),
-        ({"pin_answer": f"Invalid PIN {PIN}. Try again"}, "refused the PIN .*UPSTOX_PIN", True, 3,
-         1),
-        ({"pin_answer": "Incorrect PIN. Use Forgot PIN to resend an OTP [1017073]"},
-         "refused the PIN .*UPSTOX_PIN", True, 3, 1),
-        ({"pin_answer": "1017090"}, "locked.*Unlock", True, 3, 1),
-    ]
-    RARE_ANSWERS: list[Any] = [
-        ({"pin_autosubmit": 150, "jam": 500, "pin_answer": "1017999"}, "something went wrong",
-         False, 1, 1),
-        ({"pin_answer": "1017079"}, r"session\. The PIN had been sent", False, 1, 1),
-        ({"pin_answer": WRONG_PIN}, "refused the PIN .*UPSTOX_PIN", True, 3, 1),
-        ({"pin_answer": " "}, "PIN.* said nothing", False, 1, 1),  # a toast without words
-        ({"pin_answer": DEVANAGARI}, f'PIN.*"{DEVANAGARI[:30]}', False, 1, 1),
-        ({"pin_answer": "reset"}, "connection.*PIN had been sent", False, 1, 1),
-        ({"pin_answer": "hang"}, "PIN.* said nothing", False, 1, 1),
-        ({"pin_answer": "Please be patient"}, 'PIN.*"Please be patient"', False, 1, 1),
-        ({"pin_answer": DEVANAGARI + "[1017601]"}, f"{DEVANAGARI[:30]}.*PIN had been", False, 1, 1),
-        ({"clears": "pinCode"}, "PIN", False, 1, 0),
-        ({"pin_answer": "something_went_wrong"}, "something went wrong.*PIN had been", False, 1, 1),
-        ({"pin_answer": "dormant"}, "dormant.*PIN had been sent", False, 1, 1),
-        ({"pin_answer": "foreign"}, "login.upst0x.localhost", False, 3, 1),
-        ({"pin_answer": "terms"}, "not know.*We have updated our terms", False, 3, 1),
-        ({"pin_answer": "Your PIN does not match [1017555]"}, "refused the PIN", True, 3, 1),
-        ({"pin_answer": "PIN rejected, 3 attempts remaining"}, "refused the PIN", True, 3, 1),
-        ({"pin_autosubmit": 0, "pin_answer": WRONG_PIN}, "refused the PIN", True, 3, 1),
-    ]
-
     def test_answers(self) -> None:
-        """To a PIN that was accepted before, or never; in stress each answer to both."""
-        rows: list[Any] = []
-        for answer in self.ANSWERS:
-            accepted = answer[2] or answer[0].get("pin_answer") == "1017007"
-            rows += [(answer, accepted), slow((answer, not accepted))]
-        rows += [slow((answer, proven)) for answer in self.RARE_ANSWERS for proven in (False, True)]
-        self.table(self.answer_pin, rows, workers=4)
-
-    def answer_pin(self, row: Any) -> None:
-        """Three apps and as many unattended runs as dare; `proven`: a login went well before."""
-        (switches, words, refused, code, arriving), proven = row
-        names = list(APPS)[:4 if proven else 3]
-        answer = {key: switches[key] for key in ("pin_answer", "clears") if key in switches}
-        look = {key: switches[key] for key in switches.keys() - answer}  # of the page for all apps
-        by_app = dict.fromkeys(names[proven:], answer)
-        with World(len(names), moment=NOON, by_app=by_app, **look) as world:
-            world.open_browser = SharedBrowser
-            runs = 2 if proven and not refused else 1
-            for run in range(1, runs + 1):
-                done = world.call("--mode", "INVALID_ONLY")
-                self.assertEqual(done.code, 3 if run == runs else code, done.out + done.err)
-                self.assertEqual(world.sent()[2], proven + run * arriving)
-                self.assertRegex(done.out, f"(?m)^{names[proven]}: failed: .*{words}")
-                stop = f"not tried: the run stopped at {names[proven]}"
-                self.assertEqual(done.out.count(stop), 2, done.out)
-            self.check_nothing_tried(world)
-            self.check_nothing_tried(world, "PARTIAL", "--apis", names[-1])
+        self.table(self.meet, PINS, workers=4)
 
     def test_menu(self) -> None:
         """One PIN a run there too, and never one more unasked, though it was accepted before."""
         world = self.world(3, moment=NOON, pin_answer="1017999")
-        world.open_browser = SharedBrowser
         remember(world, PROVEN)
         for answers, pins in ((["2"], 1), (["2", "perhaps"], 1), (["2", "y"], 2)):
             # a window is for CAPTCHAs only; a folder for pictures cannot be made there
@@ -3707,17 +3700,11 @@ class PinTest(LoginCase):
 
     def test_database_locked_while_judged(self) -> None:
         """What became of the PIN is noted as soon as the database takes it again."""
-        def release() -> None:
-            world.until(lambda: "the audit row was not written" in world.err.getvalue())
-            other.rollback()
-
-        for answer, token, code in (("", "", 0), (WRONG_PIN, "", 3), ("", "100057", 1)):
-            world = self.world(1, moment=NOON, pin_answer=answer, token_answer=token)
-            world.open_browser = SharedBrowser
-            remember(world, PROVEN if not token else "")
-            other = sqlite3.connect(world.db, isolation_level=None, check_same_thread=False)
-            world.broker.acts["pin"] = lambda _: other.execute("BEGIN IMMEDIATE")
-            with (contextlib.closing(other), meanwhile(release),
+        for answer, code in ((WRONG_PIN, 3), ("", 1)):
+            world = self.world(1, moment=NOON, pin_answer=answer, token_answer="100057")
+            remember(world, PROVEN if answer else "")
+            world.broker.acts["pin"] = world.lock
+            with (world.once_told("the audit row was not written", world.unlock),
                   mock.patch.multiple(upstox_tokens, READ_SECONDS=0.2)):
                 done = world.call("--mode", "ALL")
             self.assertEqual((done.code, world.sent()[2]), (code, 1), done.err)
@@ -3725,12 +3712,12 @@ class PinTest(LoginCase):
                 self.check_nothing_tried(world)
             else:
                 self.assertEqual(world.audit()[-2:], [
-                    ("PRIMARY", "PIN_TAKEN"), ("PRIMARY", "FAILED" if token else "GENERATED")])
+                    ("PRIMARY", "PIN_TAKEN"), ("PRIMARY", "FAILED")])
                 self.assertNotIn("on hold", done.out + world.call("--status").err)
 
     def test_stopped_while_a_picture_is_taken(self) -> None:
         """Of a PIN that was refused in words: it is on hold all the same."""
-        class Stopping(upstox_tokens.Browser):
+        class Stopping(SharedBrowser):
             def evidence(self, *_: object) -> None:
                 signal.raise_signal(signal.SIGTERM)
 
@@ -3743,7 +3730,7 @@ class PinTest(LoginCase):
 
     def test_page_that_submits_before_the_press(self) -> None:
         """By itself, just after it was looked at."""
-        class Slow(upstox_tokens.Browser):
+        class Slow(SharedBrowser):
             def press(self, view: upstox_tokens.View, step: str, digits: int) -> bool:
                 world.until(lambda: step != "pin" or "[1017999]" in self.look().text)
                 return super().press(view, step, digits)
@@ -3753,55 +3740,39 @@ class PinTest(LoginCase):
         done = world.call("--mode", "ALL")
         self.check(world, done, 3, ["something went wrong.*PIN had been sent"], (1, 1, 1))
 
-    def test_killed_while_judged(self) -> None:
-        """kill -9 then: the PIN counts as sent."""
-        world = self.world(2, pin_answer="hang")
-        program = world.start("--mode", "ALL")
-        world.until(lambda: world.broker.pins)
-        program.kill()
-        program.wait(10)
-        world.until(lambda: not list(self.temp.glob("upstox_tokens-*")))
-        self.check_nothing_tried(world)
-        self.assertEqual(world.sent(), (1, 1, 1))
+
+PAGE_FAILED = ("the login page or the browser failed ({}). Run again; if it stays so, look at it "
+               "with --headed.")
 
 
 class CheckTest(LoginCase):
-    """--check, line by line: reads only, spends nothing."""
+    """--check with a browser: reads only, spends nothing."""
 
-    LINES = ("configuration", "env file", "database", "browser", "login page", "broker", "clock",
-             "hold", "PRIMARY", "WEBSOCKET1")
-    # switches, whether there is a driver, the lines that are not ok
-    ROWS: list[Any] = [
-        ({"keep_hidden_inputs": True}, True, {}),
-        ({"captcha": 0.3, "captcha_form": "explicit"}, True, {}),
-        ({}, False, {"browser": "chromedriver.*did not start", "login page": "not opened"}),
-        ({"down": True}, True, {
-            "login page": r"failed \(the page did not load\)\. Run again", "clock": "unknown",
-            "broker": "no connection|not reach", "PRIMARY": ".", "WEBSOCKET1": "."}),
-        slow(({"page": "blank"}, True, {
-            "login page": r"failed \(the page stayed blank\)\. Run again"})),
+    flow, ready = "SELENIUM", ReadinessTest.check
+    ROWS: list[Any] = [  # switches, the lines that are not ok
+        ({"keep_hidden_inputs": True}, {}),
+        ({"captcha": 0.3, "captcha_form": "explicit"}, {}),
+        ({"down": True}, {
+            "login_page": PAGE_FAILED.format("the page did not load"), "clock": TIMELESS,
+            **dict.fromkeys(("broker", "PRIMARY", "WEBSOCKET1"),
+                            UNUSABLE.format("no connection"))}),
+        slow(({"page": "blank"}, {"login_page": PAGE_FAILED.format("the page stayed blank")})),
     ]
 
     def test_lines(self) -> None:
-        self.table(self.look, self.ROWS, workers=3)
+        def work(row: Any) -> None:
+            switches, problems = row
+            with World(2, NOON, **switches) as world:
+                world.seed_valid()
+                self.ready(world, **problems)
+        self.table(work, self.ROWS)
 
-    def look(self, row: Any) -> None:
-        switches, driver, problems = row
-        with World(2, moment=NOON, **switches) as world:
-            world.open_browser = SharedBrowser if driver else upstox_tokens.Browser
-            world.seed_valid()
-            if not driver:
-                (world.folder / "bin" / "chromedriver").write_text("#!/bin/sh\nexit 1\n")
-            snapshot = world.snapshot()
-            done = world.call("--check")
-            lines = dict(line.split(": ", 1) for line in done.out.splitlines())
-            self.assertEqual([*lines], [f"{name:<14}" for name in self.LINES])
-            for name, text in lines.items():
-                self.assertRegex(text, problems.get(name.strip(), "^ok$"), name)
-            found = {name.strip() for name, text in lines.items() if text != "ok"}
-            self.assertEqual((done.code, found), (1 if problems else 0, set(problems)))
-            self.assertEqual((world.sent(), world.snapshot()), ((0, 0, 0), snapshot))
-
+    def test_no_driver(self) -> None:
+        world = self.world(2, NOON)
+        world.open_browser = upstox_tokens.Browser
+        (world.folder / "bin" / "chromedriver").write_text("#!/bin/sh\nexit 1\n")
+        self.ready(world, browser="chromedriver did not start",
+                   login_page="not opened, for want of a browser")
 
     def test_selenium_manager(self) -> None:
         """Where there is no chromedriver it is asked for one: without statistics or settings."""
@@ -3809,8 +3780,7 @@ class CheckTest(LoginCase):
         manager, seen = world.folder / "manager", world.folder / "seen"
         manager.write_text(f'#!/bin/sh\n/usr/bin/env >"{seen}"\nexit 1\n')
         manager.chmod(0o700)
-        env = dict(line.split("=", 1) for line in (world.folder / ".env").read_text().split())
-        env |= {"PATH": "", "SE_MANAGER_PATH": str(manager)}
+        env = world.exported() | {"PATH": "", "SE_MANAGER_PATH": str(manager)}
         self.assertRegex(world.process("--check", env=env).out, r"no chromedriver, and none could")
         self.assertIn("SE_AVOID_STATS=true\n", seen.read_text())
         self.assertNotIn("UPSTOX_", seen.read_text())
@@ -3819,25 +3789,28 @@ class CheckTest(LoginCase):
 class StopTest(LoginCase):
     """Ctrl-C, SIGTERM and kill -9 in the middle of a run."""
 
-    # signal, sent when (route, requests so far) what takes that long, exit code, tokens by then
+    # signal, sent when (route, requests so far) what hangs then, exit code, tokens by then
     HALF_WAY: list[Any] = [
-        (signal.SIGTERM, ("pin", 2), "step_delay", 143, 1),
-        (signal.SIGKILL, ("token", 2), "token_delay", -9, 1),
-        slow((signal.SIGINT, ("mobile", 1), "step_delay", 130, 0)),
-        slow((signal.SIGKILL, ("config", 2), "config_delay", -9, 1)),
+        (signal.SIGTERM, ("pin", 2), "pin_answer", 143, 1),
+        (signal.SIGKILL, ("pin", 1), "pin_answer", -9, 0),
+        slow((signal.SIGINT, ("mobile", 1), "mobile_answer", 130, 0)),
+        slow((signal.SIGKILL, ("token", 2), "token_answer", -9, 1)),
+        slow((signal.SIGKILL, ("config", 2), "page", -9, 1)),
     ]
 
     def test_half_way(self) -> None:
         self.table(self.stop_half_way, self.HALF_WAY, workers=3)
 
     def stop_half_way(self, row: Any) -> None:
-        signum, (route, requests), delay, code, generated = row
-        with World(by_app={RENEWED[generated]: {delay: 120}}) as world:
+        signum, (route, requests), switch, code, generated = row
+        hangs = {switch: "loader" if switch == "page" else "hang"}
+        with World(by_app={RENEWED[generated]: hangs}) as world:
             world.seed_guide()
             before = world.tokens()
-            program = world.start("--mode", "INVALID_ONLY")
+            program = world.start("--mode", "INVALID_ONLY", "-v",
+                                  env=world.exported() | {"SE_DEBUG": "1"})
             world.until(lambda: world.broker.count(route) >= requests)
-            self.assertEqual(world.call("--mode", "ALL").code, 4)
+            self.check_children(world)
             # Ctrl-C in a terminal reaches the whole process group
             send = os.killpg if signum == signal.SIGINT else os.kill
             send(program.pid, signum)
@@ -3856,11 +3829,31 @@ class StopTest(LoginCase):
             self.assertEqual(new, RENEWED[:generated])
             self.assertEqual({name: kept[name] for name in before if name not in new},
                              {name: before[name] for name in before if name not in new})
-            if SLOW or signum == signal.SIGKILL:  # which leaves the most behind
+            if requests == 1 and route == "pin":  # the PIN that was being judged counts as sent
+                world.until(lambda: not processes(world.folder))
+                self.check_nothing_tried(world)
+            else:
                 self.go_on(world, generated)
 
+    def check_children(self, world: World) -> None:
+        """Settings that come by the environment stay in the program; nothing hides the driver."""
+        seen: dict[str, str] = {}  # command line: environment
+        for pid, command in processes(self.temp).items():
+            with contextlib.suppress(OSError):
+                if "--mode" not in command:  # nor a child that is being born
+                    seen[command] = Path(f"/proc/{pid}/environ").read_bytes().decode()
+        commands = "\n".join(seen)
+        self.assertRegex(commands, r"(?s)--user-data-dir.*--enable-automation|"
+                                   r"--enable-automation.*--user-data-dir")
+        self.assertNotRegex(commands, "AutomationControlled|--user-agent|--disable-web-security")
+        self.assertEqual("--no-sandbox" in commands, os.geteuid() == 0)
+        # or a crash handler that starts late would make the profile's folder anew
+        self.assertRegex(commands, r"--database=\S+/upstox_tokens-[0-9a-f]+/\w")
+        self.assertNotIn("UPSTOX_", "\n".join(seen.values()))
+        world.check_said(commands, *seen.values())
+
     def go_on(self, world: World, generated: int) -> None:
-        """The next run does the rest; a PIN or code that was just being judged counts as sent."""
+        """The next run does the rest."""
         world.moment = time.time()  # so that the next window comes at once
         world.broker.switches.by_app = {}
         logins = len(world.broker.logins)
@@ -3868,10 +3861,12 @@ class StopTest(LoginCase):
         self.assertEqual(again[:2], (0, ALL_VALID), again.err)
         self.assertEqual(world.broker.logins[logins:], RENEWED[generated:])
 
-    # signals, seconds after the code reached the broker, how long the exchange takes
+    # signals, seconds after the code reached the broker, how long the exchange takes, and whether
+    # another program writes to the database then
     EXCHANGES: list[Any] = [
-        ([signal.SIGINT] * 3, 0, 1.5), slow(([signal.SIGTERM, signal.SIGINT], 0.7, 1.5)),
-        *(slow(([signum], tenth / 10, 8)) for tenth in range(82)
+        ([signal.SIGINT] * 3, 0, 1.5, True),
+        slow(([signal.SIGTERM, signal.SIGINT], 0.7, 1.5, False)),
+        *(slow(([signum], tenth / 10, 8, False)) for tenth in range(82)
           for signum in (signal.SIGINT, signal.SIGTERM)),
     ]
 
@@ -3880,47 +3875,33 @@ class StopTest(LoginCase):
 
     def stop_exchange(self, row: Any) -> None:
         """A token that the broker gives is stored, and no other login begins."""
-        signals, seconds, token_delay = row
-        with World(2, token_delay=token_delay) as world:
+        signals, seconds, token_delay, locked = row
+        with World(2, token_delay=token_delay, **DIRECT) as world:
+            if locked:
+                world.broker.acts["token"] = world.lock
             program = world.start("--mode", "ALL")
             world.until(lambda: world.broker.count("token"))
             world.broker.pause(seconds)
             for signum in signals:
                 os.killpg(program.pid, signum)
                 world.broker.pause(0.1)
+            if locked:
+                world.until(lambda: world.broker.tokens)
+                program.terminate()
+                world.broker.pause(0.5)
+                self.assertIsNone(program.poll(), "the token is dropped")
+                world.unlock()
             done = world.finish(program)
             self.assertEqual(done.code, 128 + signals[0], done.err)
             self.assertEqual(world.tokens(), {"PRIMARY": next(iter(world.broker.tokens))})
             self.assertEqual(world.audit("GENERATED", "FAILED")[0], ("PRIMARY", "GENERATED"))
-            self.assertLess(world.sent()[2], 3)
-
-    def test_store_waits(self) -> None:
-        """SIGTERM while the store waits for a locked database."""
-        world = self.world(2)
-        world.seed()
-        other = sqlite3.connect(world.db, isolation_level=None, check_same_thread=False)
-        with contextlib.closing(other):
-            world.broker.acts["token"] = lambda _: other.execute("BEGIN IMMEDIATE")
-            program = world.start("--mode", "ALL")
-            world.until(lambda: world.broker.tokens)
-            program.terminate()
-            world.broker.pause(0.5)
-            self.assertIsNone(program.poll(), "the token is dropped")
-            other.execute("ROLLBACK")
-        done = world.finish(program)
-        self.assertEqual(done.code, 143, done.err)
-        self.assertEqual(world.tokens(), {"PRIMARY": next(iter(world.broker.tokens))})
 
     def test_database_refuses_for_a_while(self) -> None:
         world = self.world(1, moment=NOON, **DIRECT)
         old = world.seed_old()
         world.broker.acts["token"] = lambda _: world.sql(REJECT)
-
-        def relent() -> None:
-            world.until(lambda: "cannot be stored yet, trying again" in world.err.getvalue())
-            world.sql("DROP TRIGGER no")
-
-        with meanwhile(relent):
+        with world.once_told("cannot be stored yet, trying again",
+                             lambda: world.sql("DROP TRIGGER no")):
             done = world.call("--mode", "ALL")
         self.assertEqual((done.code, world.sent()), (0, (0, 0, 0)), done.err)
         self.assertEqual(world.tokens(), {"PRIMARY": next(reversed(world.broker.tokens))})
@@ -3928,7 +3909,7 @@ class StopTest(LoginCase):
 
 
 class MemoryTest(LoginCase):
-    """What was sent is remembered with the database, and what cannot be noted is not sent."""
+    """What was sent is remembered with the database."""
 
     def test_windows(self) -> None:
         """A code with less than 5 s left waits for the next window; none is sent twice, whoever
@@ -3957,7 +3938,7 @@ class MemoryTest(LoginCase):
         def oversleep(seconds: float) -> None:
             world.moment = max(world.moment + seconds, NOON + 58.5)
 
-        class Patient(upstox_tokens.Browser):
+        class Patient(SharedBrowser):
             """The page's patience would be over by then."""
 
             clock = staticmethod(
@@ -3971,22 +3952,9 @@ class MemoryTest(LoginCase):
         waits = re.findall(r"PRIMARY: next TOTP code in (\d+) s\n", done.err)
         self.assertEqual(waits, ["4"], "once, where no terminal is")
 
-    def test_travels_with_the_database(self) -> None:
-        """An audit table of an older version; a copied file."""
-        world = self.world(1, moment=NOON, env={"UPSTOX_PIN": "111222"})
-        world.sql(f"""{AUDIT_DDL.format("")}; INSERT INTO upstox_token_audit VALUES
-            (7, 1, 'run', 'PRIMARY', 'CLI', 'SELENIUM', 'FAILED', 'long ago')""")
-        self.assertEqual(world.call("--mode", "ALL").code, 3)
-        self.assertEqual(world.audit()[:2], [("PRIMARY", "FAILED"), ("PRIMARY", "CODE_SENT")])
-        self.assertEqual(world.audit_rows()[0]["reason"], "long ago")
-        shutil.copy(world.db, world.folder / "copy.db")
-        world.db.unlink()
-        world.db = world.folder / "copy.db"
-        self.check_nothing_tried(world)
-
     def test_key_that_may_have_gone(self) -> None:
         """The field went with its last digit: that counts as sent, but arrival proves nothing."""
-        class Doubtful(upstox_tokens.Browser):
+        class Doubtful(SharedBrowser):
             def type(self, view: upstox_tokens.View, step: str, keys: str) -> bool:
                 return super().type(view, step, keys) and (step != "pin" or len(keys) > 1)
 
@@ -3996,24 +3964,6 @@ class MemoryTest(LoginCase):
         self.check(world, done, 3, ["", "something went wrong.*PIN had been sent"], (1, 1, 2))
         self.assertNotIn(("PRIMARY", "PIN_TAKEN"), world.audit())
         self.check_nothing_tried(world)
-
-    def test_database_that_takes_no_more(self) -> None:
-        """What cannot be noted is not sent; a token that cannot be stored costs one login."""
-        note = """CREATE TRIGGER no BEFORE INSERT ON upstox_token_audit
-            WHEN NEW.outcome = '{}' BEGIN SELECT RAISE(ABORT, 'no'); END"""
-        for trigger, said, sent in (
-                (note.format("CODE_SENT"), "failed: .*cannot be noted", (1, 0, 0)),
-                (note.format("PIN_SENT"), "failed: .*cannot be noted", (1, 1, 0)),
-                (REJECT, "could not be stored", (1, 1, 1))):
-            with self.subTest(trigger):
-                world = self.world(3, moment=NOON, otp_autosubmit=0, pin_autosubmit=0)
-                world.open_browser = SharedBrowser
-                old = world.seed_old()
-                world.sql(AUDIT_DDL.format(""))
-                world.broker.acts["page"] = lambda _: world.sql(trigger)
-                done = world.call("--mode", "INVALID_ONLY")
-                self.check(world, done, 1, [said], sent)
-                self.assertEqual(world.tokens(), old)
 
 
 class PrivacyTest(LoginCase):
@@ -4051,34 +4001,6 @@ class PrivacyTest(LoginCase):
         # the browser's own traffic may use the proxy, what belongs to the login may not
         ours = re.compile(rb"code=|trader|localhost|127\.|\[::1")
         self.assertEqual(list(filter(ours.search, proxy.got)), [])
-
-    def test_child_processes(self) -> None:
-        """Settings come by the environment and stay in this process; nothing hides the driver."""
-        world = self.world(2, step_delay=0.3)
-        env = dict(line.split("=", 1) for line in (world.folder / ".env").read_text().splitlines())
-        (world.folder / ".env").unlink()
-        program = world.start("--mode", "ALL", "-v", env=env | {"SE_DEBUG": "1"})
-        seen: dict[str, str] = {}  # command line: environment
-
-        def look() -> None:
-            for pid, command in processes(self.temp).items():
-                with contextlib.suppress(OSError):
-                    if "--mode" not in command:  # nor a child that is being born
-                        seen[command] = Path(f"/proc/{pid}/environ").read_bytes().decode()
-            world.broker.pause(0.05)
-
-        with meanwhile(lambda: world.until(lambda: look() or program.poll() is not None)):
-            done = world.finish(program)
-        self.assertEqual(done.code, 0, done.err)
-        commands = "\n".join(seen)
-        self.assertRegex(commands, r"(?s)--user-data-dir.*--enable-automation|"
-                                   r"--enable-automation.*--user-data-dir")
-        self.assertNotRegex(commands, "AutomationControlled|--user-agent|--disable-web-security")
-        self.assertEqual("--no-sandbox" in commands, os.geteuid() == 0)
-        # or a crash handler that starts late would make the profile's folder anew
-        self.assertRegex(commands, r"--database=\S+/upstox_tokens-[0-9a-f]+/\w")
-        self.assertNotIn("UPSTOX_", "\n".join(seen.values()))
-        world.check_said(commands, *seen.values())
 
     def test_evidence(self) -> None:
         """The picture of a failed login is the same, whichever number or code was typed; the page's
@@ -4123,6 +4045,7 @@ class HeadedTest(LoginCase):
 
     def setUp(self) -> None:
         super().setUp()
+        self.enter(mock.patch.object(World, "open_browser", upstox_tokens.Browser))
         self.display = self.enter(display())
 
     def operator(self, world: World) -> None:
@@ -4212,12 +4135,10 @@ ORIGIN_NO = "this Origin is not allowed; see UPSTOX_ALLOWED_ORIGINS"
 REQUESTS = [  # to a server without a key, whose configuration has no credentials and no notifier
     *gets(200, "", "/healthz", STATUS, STATUS + "?x=/../y", "/healthz?" + "x" * 60000, "/"),
     Asked("HEAD /", 200), Asked(f"HEAD {STATUS}", 200),
-    *gets(404, "not found", *(TOKENS + tail for tail in (
-        "", "statusx", "status/", "STATUS", "jobs", "jobs/", "jobs/../status", "jobs/latest/x")),
-        "/x", "/auth", "/index.html", "/.env", "/vega_trade.db", "/favicon.ico", "/healthz/", HOOK),
+    *gets(404, "not found", "/x", "/auth", "/index.html", "/vega_trade.db", "/healthz/", HOOK, *(
+        TOKENS + tail for tail in ("", "statusx", "status/", "STATUS", "jobs/", "jobs/latest/x"))),
     *gets(404, "no such job", TOKENS + "jobs/0123456789abcdef", LATEST),
-    *(row for path in ("/", "/healthz", STATUS, LATEST) for row in other_methods(
-        "POST PUT DELETE PATCH TRACE OPTIONS", path, "GET, HEAD, OPTIONS")),
+    *other_methods("POST PUT DELETE PATCH TRACE OPTIONS", STATUS, "GET, HEAD, OPTIONS"),
     *other_methods("GET PUT DELETE PATCH", GENERATE, "POST, OPTIONS"),
     *posts(400, NO_JSON, b"", b"{", b"mode=ALL", b"\xff\xfe\xff", b'{"mode": "ALL"} x',
            b"[" * 60000, b'{"mode": ' + b"[" * 30000 + b"]" * 30000 + b"}"),
@@ -4249,14 +4170,12 @@ REQUESTS = [  # to a server without a key, whose configuration has no credential
 
 ALLOW = "Access-Control-Allow-Origin"
 FOREIGN_HOSTS = (
-    "desk.example.com", "desk.example.com:80", "desk.example.com:{port}", "[::2]", "[", "a b", "",
-    "localhost.example.com", "evil-localhost", "xlocalhost", "169.254.169.254", "10.0.0.1", "{own}",
-    "127.0.0.1.example.com", "127.0.0.1.example.com:{port}", "127.example.com", "127.0.0.1.nip.io",
+    "desk.example.com:{port}", "[::2]", "[", "a b", "", "localhost.example.com", "evil-localhost",
+    "169.254.169.254", "{own}", "127.0.0.1.example.com:{port}", "127.example.com",
     "::1.example.com", "example.com/@127.0.0.1:{port}")
 FOREIGN_ORIGINS = (
     "null", "", "*", "https://example.com", "http://desk.example.com", ORIGIN + ":444",
-    ORIGIN + ".example.org", "https://127.0.0.1:{port}", "http://localhost:5174",
-    "http://localhost:{port}", "http://127.0.0.1")
+    ORIGIN + ".example.org", "https://127.0.0.1:{port}", "http://localhost:{port}")
 
 
 def with_origin(origin: str, listed: bool) -> list[Asked]:
@@ -4268,10 +4187,8 @@ def with_origin(origin: str, listed: bool) -> list[Asked]:
             *posts(400, MODE_IS, {}, send=JSON | {"Origin": origin})]
 
 
-def refused_with(code: int, error: str, header: str, value: Any,
-                 **shows: str | None) -> list[Asked]:
+def refused_with(code: int, error: str, header: str, value: Any, **more: Any) -> list[Asked]:
     """The routes of tokens with this header's value."""
-    more = {"shows": {name.replace("_", "-"): text for name, text in shows.items()}}
     return [*gets(code, error, STATUS, LATEST, send={header: value}, **more),
             *posts(code, error, {"mode": "ALL"}, send=JSON | {header: value})]
 
@@ -4280,12 +4197,11 @@ OPEN_ACCESS = [  # no key; ORIGIN and VITE are listed
     *(row for host in ("127.0.0.1", "localhost", "LocalHost", "[::1]", "desk.localhost",
                        "127.0.0.2")
       for row in gets(200, "", "/", "/healthz", STATUS, send={"Host": host + ":{port}"})),
-    *(row for host in FOREIGN_HOSTS for row in (
-        *refused_with(403, HOST_NO, "Host", host),
-        *gets(403, HOST_NO, "/", "/healthz", send={"Host": host}))),
-    *(row for origin in FOREIGN_ORIGINS for row in (
-        *refused_with(403, ORIGIN_NO, "Origin", origin, Access_Control_Allow_Origin=None),
-        *gets(403, ORIGIN_NO, "/", "/healthz", send={"Origin": origin}))),
+    *gets(403, HOST_NO, "/", "/healthz", send={"Host": "desk.example.com"}),
+    *gets(403, ORIGIN_NO, "/", "/healthz", send={"Origin": "https://example.com"}),
+    *(row for host in FOREIGN_HOSTS for row in refused_with(403, HOST_NO, "Host", host)),
+    *(row for origin in FOREIGN_ORIGINS
+      for row in refused_with(403, ORIGIN_NO, "Origin", origin, shows={ALLOW: None})),
     *with_origin(ORIGIN, True), *with_origin(VITE, True),
     *with_origin("http://127.0.0.1:{port}", False), *gets(200, "", STATUS, shows={ALLOW: None}),
 ]
@@ -4293,13 +4209,14 @@ WRONG_KEYS: tuple[str | bytes, ...] = (
     "", "Bearer", "Bearer ", KEY, f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}",
     "Bearer k\xe9y", f"Bearer {KEY.upper()}", f"Bearer {KEY} {KEY}", b"Bearer \xd0\xba\xd0\xff",
     "Bearer " + "x" * 60000)
+BEARER = {"WWW-Authenticate": "Bearer"}
 PREFLIGHT = {"Origin": ORIGIN, "Access-Control-Request-Headers": "authorization,content-type"}
 KEY_ACCESS = [  # a key is set, ORIGIN is listed
     *gets(200, "", "/", "/healthz"), *gets(200, "", STATUS, send=RIGHT),
     *gets(404, "no such job", LATEST, send=RIGHT), *posts(400, MODE_IS, {}, send=JSON | RIGHT),
     *(row for key in WRONG_KEYS
-      for row in refused_with(401, KEY_NO, "Authorization", key, WWW_Authenticate="Bearer")),
-    *gets(401, KEY_NO, STATUS, TOKENS + "x", "/auth/x", shows={"WWW-Authenticate": "Bearer"}),
+      for row in refused_with(401, KEY_NO, "Authorization", key, shows=BEARER)),
+    *gets(401, KEY_NO, STATUS, TOKENS + "x", "/auth/x", shows=BEARER),
     Asked(f"DELETE {STATUS}", 401, KEY_NO),
     *gets(401, KEY_NO, STATUS, send={"Origin": ORIGIN}, shows={ALLOW: ORIGIN}),  # a page reads why
     *(Asked(f"OPTIONS {path}", 204, "", PREFLIGHT | {"Access-Control-Request-Method": method},
@@ -4314,9 +4231,7 @@ V6_ACCESS = [*gets(200, "", STATUS, send={"Host": "[::1]:{port}"}),
              *gets(403, HOST_NO, STATUS, send={"Host": "[::2]:{port}"})]
 FAR_ACCESS = [  # listening everywhere, with a key
     *gets(200, "", STATUS, send=RIGHT), *gets(401, KEY_NO, STATUS),
-    *(row for host in ("desk.example.com", "10.9.8.7:{port}")
-      for row in gets(403, HOST_NO, STATUS, send=RIGHT | {"Host": host})),
-]
+    *gets(403, HOST_NO, STATUS, send=RIGHT | {"Host": "10.9.8.7:{port}"})]
 
 
 def own_address() -> str:
@@ -4375,7 +4290,7 @@ class WebCase(Case):
         self.table(work, rows, workers=4)
         self.assertEqual(world.broker.count("dialog") + world.broker.count("v3"), 0)
 
-    def ends_soon(self, world: World, signum: int = signal.SIGTERM) -> None:
+    def ends_soon(self, world: World, signum: int) -> None:
         """Within 5 s of the signal, and nobody listens there any more."""
         began = time.monotonic()
         world.stop(signum)
@@ -4414,20 +4329,17 @@ SOME, CHUNKS = b'{"mode": "SOME"}', b'10\r\n{"mode": "SOME"}\r\n0\r\n\r\n'
 HOSTILE: list[tuple[bytes, tuple[int, ...], str]] = [  # what is sent, codes it may have, sentence
     (generate(SOME, "Content-Length: 16"), (400,), MODE_IS),
     *((generate(SOME, f"Content-Length: {length}"), (400,), NO_LENGTH) for length in (
-        "-1", "ten", "0x10", "+16", "\xb2", "1_6", "16, 3", "")),
-    (generate(SOME), (400,), NO_LENGTH),
+        "-1", "0x10", "+16", "\xb2", "1_6", "16, 3", "")), (generate(SOME), (400,), NO_LENGTH),
     (generate(SOME, "Content-Length: 60000"), (400,), TOO_SHORT),
     (generate(SOME, "Content-Length: 99999999999999999"), (413,), TOO_LARGE),
     (generate(SOME, "Content-Length: " + "9" * 400), (400, 413), ""),
     (generate(SOME, "Content-Length: 16", "Content-Length: 3"), (400,), ""),
     (generate(CHUNKS, "Transfer-Encoding: chunked"), (400,), NO_LENGTH),
     (generate(CHUNKS, "Transfer-Encoding: chunked", "Content-Length: 16"), (400,), NO_LENGTH),
-    (generate(b"x" * 10485760, "Content-Length: 10485760"), (413,), TOO_LARGE),
     *((head(f"GET {path} HTTP/1.1"), (400, 403, 404), "") for path in (
-        "//", "//healthz", "/.//healthz", "/x/../healthz", "/../../etc/passwd", "/%2e%2e/healthz",
-        "/%00", "/healthz%00", "/healthz\0", "/%68ealthz", "/healthz;x", "/healthz#x", "\\healthz",
-        "healthz", "*", "/\xe9", "/" + "x" * 60000, "/healthz/..", "http://localhost/healthz",
-        "http://example.com/")),
+        "//", "//healthz", "/x/../healthz", "/../../etc/passwd", "/%2e%2e/healthz", "/healthz%00",
+        "/healthz\0", "/%68ealthz", "/healthz;x", "\\healthz", "healthz", "*", "/\xe9",
+        "/" + "x" * 60000, "/healthz/..", "http://localhost/healthz", "http://example.com/")),
     *((head(f"{method} / HTTP/1.1"), (405,), "unknown method") for method in (
         "BREW", "get", "__init__", "respond")),
     (head("CONNECT example.com:443 HTTP/1.1"), (400, 403, 404, 405), ""),
@@ -4470,8 +4382,10 @@ class HostileTest(WebCase):
         self.assertEqual((world.ask("GET", LATEST).code, world.broker.requests), (404, []))
 
     def test_slow_clients_block_nobody(self) -> None:
-        """200 that say little or nothing, 20 that read a byte: others are served, the end comes."""
-        world = self.served(seed=World.seed_valid)
+        """200 that say little or nothing, 20 that read a byte: others are served, the end comes
+        while a check hangs.
+        """
+        world = self.served(seed=World.seed_valid, limits={"SHARED_SECONDS": 0})
         with contextlib.ExitStack() as stack:
             for number in range(200):
                 connection = stack.enter_context(socket.create_connection(world.address, 30))
@@ -4486,12 +4400,13 @@ class HostileTest(WebCase):
                 began = time.monotonic()
                 self.assertEqual(world.ask("GET", path).code, 200)
                 self.assertLess(time.monotonic() - began, 2)
-            self.ends_soon(world)
+            world.broker.switches.profile_answer = "hang"
+            connection = stack.enter_context(socket.create_connection(world.address))
+            connection.sendall(head(f"GET {STATUS} HTTP/1.1"))
+            world.until(lambda: world.broker.count("profile") == 12)
+            self.ends_soon(world, signal.SIGINT)
 
 
-GUIDE_STATES = {
-    "PRIMARY": ("VALID", ""), "WEBSOCKET1": ("VALID", ""), "WEBSOCKET2": ("INVALID", "401"),
-    "WEBSOCKET3": ("EXPIRED", ""), "OPTIONCHAIN1": ("VALID", ""), "OPTIONCHAIN2": ("NOT FOUND", "")}
 class StatusTest(WebCase):
     def test_status(self) -> None:
         """All of the answer, a BLOB as text; the command line says the same; nothing is written."""
@@ -4504,10 +4419,12 @@ class StatusTest(WebCase):
         got = world.ask()
         self.assertEqual((got.code, got.headers["Content-Type"], got.headers["Cache-Control"]),
                          (200, "application/json", "no-store"))
-        tokens = [{"apiName": name, "status": status, "reason": reason, "lastAttempt": None,
+        words = ("VALID", "VALID", "INVALID", "EXPIRED", "VALID", "NOT FOUND")
+        tokens = [{"apiName": name, "status": word, "lastAttempt": None,
+                   "reason": "401" if word == "INVALID" else "",
                    "validityAt": stored.get(name, {}).get("validity_at"),
                    "generatedAt": stored.get(name, {}).get("generated_at")}
-                  for name, (status, reason) in GUIDE_STATES.items()]
+                  for name, word in zip(APPS, words)]
         self.assertTrue(began <= got.json["checkedAt"] <= local_text(time.time()))
         self.assertEqual([*got.json.items()], [
             ("valid", ["PRIMARY", "WEBSOCKET1", "OPTIONCHAIN1"]),
@@ -4542,12 +4459,11 @@ class StatusTest(WebCase):
             self.assertEqual(got.code, 503)
             self.assertTrue(got.json["error"].startswith(f"The database {world.db} {words}"))
 
-        with contextlib.closing(sqlite3.connect(world.db, isolation_level=None)) as other:
-            other.execute("BEGIN EXCLUSIVE")
-            began = time.monotonic()
-            status = head(f"GET {STATUS} HTTP/1.1")
-            answers = crowd(20, lambda _: raw(world.address, status))
-            self.assertLess(time.monotonic() - began, 5)
+        world.lock(kind="EXCLUSIVE")
+        began, status = time.monotonic(), head(f"GET {STATUS} HTTP/1.1")
+        answers = crowd(20, lambda _: raw(world.address, status))
+        self.assertLess(time.monotonic() - began, 5)
+        world.unlock()
         self.assertEqual({got.text for got in answers}, {answers[0].text})
         assert_told(answers[0], LOCKED)
         world.db.write_bytes(b"no database" * 100)
@@ -4583,12 +4499,6 @@ class StatusTest(WebCase):
                          {"error": "apiNames: WEBSOCKET1 is not one of PRIMARY"})
         becomes(200, lambda answer: (answer["valid"], answer["invalid"]) == (["PRIMARY"], []))
         self.assertEqual(world.ask("GET", LATEST).code, 404)
-
-
-def bad_night(world: World) -> None:
-    """Tokens of yesterday, and a cron run whose PIN was refused."""
-    world.seed_old()
-    remember(world, "PIN_SENT HOLD FAILED")
 
 
 class JobTest(WebCase):
@@ -4657,7 +4567,8 @@ class JobTest(WebCase):
 
     def test_hold(self) -> None:
         """Told in status and jobs; nothing is tried until the env file is mended."""
-        world = self.served(seed=bad_night, limits=SOON, apps=1, dialog_answer="100068")
+        world = self.served(seed=World.seed_old, limits=SOON, apps=1, dialog_answer="100068")
+        remember(world, "PIN_SENT HOLD FAILED")  # a cron run of the night
         report = world.ask().json
         self.assertEqual((report["hold"], report["tokens"][0]["lastAttempt"]["source"]),
                          (NOTED, "CLI"))
@@ -4698,22 +4609,6 @@ class ServerTest(WebCase):
                 self.assertEqual(set(re.findall("'(SELENIUM|V3)'", page.text)), {flow})
                 nonces.add(nonce)
             self.assertEqual(len(nonces), 2)
-            with socket.create_connection(world.address) as connection:
-                connection.sendall(head("HEAD / HTTP/1.0"))
-                answer = b"".join(iter(lambda: connection.recv(65536), b""))
-            self.assertTrue(answer.endswith(b"\r\n\r\n"), "HEAD has no body")
-
-    def test_ends(self) -> None:
-        """At once, idle or while a check hangs: (signal, whether a status is being asked for)."""
-        def work(row: tuple[int, bool]) -> None:
-            world = self.served(seed=World.seed_valid, profile_answer="hang")
-            with socket.create_connection(world.address) as connection:
-                connection.sendall(head(f"GET {STATUS} HTTP/1.1") if row[1] else b"")
-                world.until(lambda: world.broker.count("profile") == 6 * row[1])
-                self.ends_soon(world, row[0])
-
-        signals = (signal.SIGTERM, signal.SIGINT)
-        self.table(work, itertools.product(signals, (False, True)), workers=2)
 
     def test_addresses_that_cannot_be_used(self) -> None:
         """(address, the one line) -> exit 2 before anything is done."""
@@ -4773,14 +4668,26 @@ class ServerTest(WebCase):
 
 
 class BrowserJobTest(BrowserCase, WebCase):
+    @unittest.skipUnless(shutil.which("Xvfb"), "Xvfb is not installed")
     def test_two_tokens(self) -> None:
-        """Live progress, others kept out, and the next status is not one from before the job."""
-        world = self.served(seed=World.seed_guide, limits=LATE, step_delay=0.15)
+        """Live progress, others kept out, and the next status is not one from before the job.
+
+        --headed: it waits for a person to solve a CAPTCHA, says so, and goes on by itself.
+        """
+        world = self.world(step_delay=0.15, captcha="never")
+        world.seed_guide()
+        world.serve("127.0.0.1:0", "--headed", env={"DISPLAY": self.enter(display())}, limits=LATE)
         self.assertEqual(world.ask().json["missing"], ["OPTIONCHAIN2"])
         job = world.post({"mode": "PARTIAL", "apiNames": TWO}).json["jobId"]
-        world.until(lambda: world.broker.count("page"), 60)
+        waiting = world.until(lambda: (found := world.job(job))["state"] != "RUNNING" and found, 60)
+        self.assertEqual((waiting["state"], waiting["results"][0]["state"]),
+                         ("WAITING_FOR_OPERATOR", "RUNNING"))
+        self.assertRegex(waiting["message"], "WEBSOCKET2.*CAPTCHA")
+        self.assertEqual(world.sent(), (0, 0, 0))
         self.assertEqual(world.post({"mode": "ALL"}).json, {"error": BUSY})
         self.assertEqual(world.ask().json["missing"], ["OPTIONCHAIN2"])
+        world.broker.captcha_solved.set()
+        world.until(lambda: world.job(job)["state"] == "RUNNING")
         seen: list[Any] = []
         while not seen or seen[-1]["state"] in LIVE:
             seen.append(world.job(job))
@@ -4794,7 +4701,6 @@ class BrowserJobTest(BrowserCase, WebCase):
             {"apiName": name, "state": "DONE", "message": "VALID"} for name in TWO]])
         report = world.ask().json
         self.assertLessEqual({*TWO}, {*report["valid"]})
-        self.assertTrue(all(world.broker.tokens[world.tokens()[name]].live for name in TWO))
         self.assertEqual(world.audit("GENERATED", "FAILED"), [(name, "GENERATED") for name in TWO])
         self.assertEqual([*report["tokens"][2]["lastAttempt"].values()][1:],
                          ["REST", "GENERATED", None])
@@ -4810,24 +4716,6 @@ class BrowserJobTest(BrowserCase, WebCase):
         renewed = [name for name, token in before.items() if world.tokens()[name] != token]
         self.assertEqual(renewed, names[:2])
         self.assertTrue(all(world.broker.tokens[world.tokens()[name]].live for name in renewed))
-
-    @unittest.skipUnless(shutil.which("Xvfb"), "Xvfb is not installed")
-    def test_operator_solves_a_captcha(self) -> None:
-        """--headed: the job waits for a person, says so, and goes on by itself."""
-        with display() as screen:
-            world = self.world(apps=2, captcha="never")
-            world.serve("127.0.0.1:0", "--headed", env={"DISPLAY": screen})
-            job = world.post({"mode": "ALL"}).json["jobId"]
-            waiting = world.until(lambda: (found := world.job(job))["state"] != "RUNNING" and found)
-            self.assertEqual((waiting["state"], waiting["results"][0]["state"]),
-                             ("WAITING_FOR_OPERATOR", "RUNNING"))
-            self.assertRegex(waiting["message"], "PRIMARY.*CAPTCHA")
-            self.assertEqual(world.sent(), (0, 0, 0))
-            world.broker.captcha_solved.set()
-            world.until(lambda: world.job(job)["state"] == "RUNNING")
-            self.assertEqual(world.ended(job)["state"], "DONE")
-            self.assertEqual(world.ask().json["valid"], ["PRIMARY", "WEBSOCKET1"])
-            world.stop()
 
 
 # ---- approval on the phone
@@ -4920,7 +4808,6 @@ class PhoneRunTest(PhoneCase):
         world.write_env()
         for _ in range(2):
             world.seed_guide()
-        before = world.tokens()
         began, expiry = time.time(), next_cutoff(time.time())
         done = self.run_v3(world)
         valid = summary(**dict.fromkeys(world.names, "VALID"))
@@ -4934,7 +4821,6 @@ class PhoneRunTest(PhoneCase):
         self.assertCountEqual([row["api_name"] for row in world.rows()], APPS)
         for row in world.rows():
             name, token, created = row["api_name"], row["access_token"], row["created_at"]
-            self.assertNotIn(token, before.values())
             self.assertEqual(world.broker.tokens[token], Token(name, USER_ID, True))
             self.assertTrue(began * 1000 - 1 <= created <= time.time() * 1000)
             self.assertAlmostEqual(row["expires_in"], expiry - created / 1000, delta=2)
@@ -4961,9 +4847,8 @@ class PhoneRunTest(PhoneCase):
 
     def test_what_cannot_be_noted_is_not_asked_for(self) -> None:
         world = self.world(apps=1)
-        world.sql(f"""{AUDIT_DDL.format(YOUNGER)};
-            CREATE TRIGGER full BEFORE INSERT ON upstox_token_audit WHEN new.outcome = 'REQUESTED'
-            BEGIN SELECT RAISE(ABORT, 'no more rows'); END""")
+        remember(world, "")
+        world.sql(UNNOTED.format("REQUESTED"))
         done = self.run_v3(world, "--wait", "0.001")
         self.assertEqual((done.code, world.broker.count("v3")), (1, 0), done.err)
         self.assertRegex(done.out, "PRIMARY: failed: no approval is asked for that cannot be noted "
@@ -4973,14 +4858,8 @@ class PhoneRunTest(PhoneCase):
         """The run does not give up, since the approval may come all the same."""
         world = self.world(apps=1, by_app=approvals(0))
         world.seed()
-        other = sqlite3.connect(world.db, isolation_level=None, check_same_thread=False)
-        world.broker.acts["v3"] = lambda _: other.execute("BEGIN EXCLUSIVE")
-
-        def release() -> None:
-            world.until(lambda: "cannot look for tokens now" in world.err.getvalue())
-            other.execute("ROLLBACK")
-
-        with (contextlib.closing(other), meanwhile(release),
+        world.broker.acts["v3"] = lambda _: world.lock(kind="EXCLUSIVE")
+        with (world.once_told("cannot look for tokens now", world.unlock),
               mock.patch.multiple(upstox_tokens, READ_SECONDS=0.2)):
             done = self.run_v3(world, "--json")
         told = json.loads(done.out)
@@ -5032,15 +4911,6 @@ class PhoneRunTest(PhoneCase):
             failed = re.search(f"^{name}: failed: {reasons.get(name, later)}$", done.out, re.M)
             self.assertEqual((bool(failed), world.tokens()[name] != before.get(name)),
                              (name not in TWO, name in TWO))
-
-    def test_refused_at_the_start(self) -> None:
-        """A run that could not be reached would wait in vain: exit 2, and nothing is asked for."""
-        world = self.world()
-        for place, words in (("nonsense", "is not HOST:PORT"),
-                             ("0.0.0.0:1", "UPSTOX_SERVE_KEY: is not set")):
-            done = world.call("--mode", "ALL", "--flow", "V3", "--serve", place)
-            self.assertEqual((done.code, done.out, world.broker.count("v3")), (2, "", 0), done.err)
-            self.assertIn(words, done.err)
 
     def test_run_in_the_foreground(self) -> None:
         """It answers at the notifier's path only; a signal ends it at once, what came is kept."""
@@ -5224,22 +5094,22 @@ class DeliveryTest(PhoneCase):
             self.assertEqual(world.ended()["state"], "DONE")
             self.assertEqual(world.stop().count("trying again"), 1)
 
-        self.table(work, ("503", "locked", "moved", *map(slow, ("html", "429", "reset", "hang"))),
-                   workers=3)
+        self.table(work, ("503", "locked", "moved"), workers=3)
 
     @contextlib.contextmanager
     def away(self, world: World, fault: str) -> Iterator[None]:
-        """The database locked or moved, or the broker's profile answering so."""
-        with contextlib.closing(sqlite3.connect(world.db, isolation_level=None)) as other:
-            if fault == "locked":
-                other.execute("BEGIN IMMEDIATE")
-            elif fault == "moved":
-                world.db.rename(world.folder / "moved.db")
-            else:
-                world.broker.switches.profile_answer = fault
+        """The database locked or moved, or the broker not able to tell."""
+        if fault == "locked":
+            world.lock()
             yield
-            if fault == "moved":
-                (world.folder / "moved.db").rename(world.db)
+            world.unlock()
+        elif fault == "moved":
+            moved = world.db.rename(world.folder / "moved.db")
+            yield
+            moved.rename(world.db)
+        else:
+            world.broker.switches.profile_answer = "503"
+            yield
             world.broker.switches.profile_answer = None
 
     def test_two_at_the_same_time(self) -> None:
@@ -5288,7 +5158,6 @@ class PhoneServerTest(PhoneCase):
         self.assertEqual((job["state"], {result["state"] for result in job["results"]}),
                          ("WAITING_FOR_OPERATOR", {"RUNNING"}))
         self.assertRegex(job["message"], "(?i)approv.*" + ".*".join(RENEWED))
-        self.assertEqual(world.post({"mode": "ALL", "flow": "V3"}).json, {"error": BUSY})
         self.assertEqual(self.run_v3(world).code, 4)
         self.assertEqual(world.ask().json["missing"], ["OPTIONCHAIN2"])
         for name in reversed(RENEWED):
@@ -5337,7 +5206,7 @@ class PhoneServerTest(PhoneCase):
         for body in bodies:
             self.deliver(world, body)
         world.until(lambda: world.broker.count("profile") > asked)
-        self.ends_soon(world)
+        self.ends_soon(world, signal.SIGTERM)
         self.assertEqual({*world.tokens().values()},
                          {*kept, *(body["access_token"] for body in bodies)})
 
@@ -7111,7 +6980,7 @@ def run_class(name: str) -> int:
     bad = {getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors}
     left_out = {getattr(test, "test_case", test).id() for test, _ in result.skipped}
     not_run = set(planned) - set(Case.seconds)  # the class's own setup failed or was skipped
-    failed = bad & set(planned) | (not_run if result.errors else set())
+    failed = bad & set(planned) | (not_run if result.errors else set()) or bad  # its cleanup did
     skipped = (left_out & set(planned) | not_run) - failed
     print(json.dumps({"planned": planned, "failed": sorted(failed), "skipped": sorted(skipped),
                       "reasons": sorted({reason for _, reason in result.skipped}),
@@ -7123,11 +6992,11 @@ LONGEST = ("FailureTest", "PinTest", "StopTest", "DashboardTest")  # begun first
 
 
 def run_all(slow_rows: bool = False) -> int:
-    """Every test class in a process of its own, several at once; those with a browser first."""
+    """Every test class in a process of its own, several at once."""
     cases = unittest.defaultTestLoader.loadTestsFromModule(sys.modules["__main__"])
     classes = {type(test) for suite in cases for test in suite}
-    names = [kind.__name__ for kind in sorted(classes, key=lambda kind: (
-        kind.__name__ not in LONGEST, not issubclass(kind, BrowserCase), kind.__name__))]
+    names = {kind.__name__: kind for kind in sorted(classes, key=lambda kind: (
+        kind.__name__ not in LONGEST, kind.__name__))}
     environ = os.environ | ({"TEST_SLOW": "1"} if slow_rows else {})
     seconds, counts, begun = {}, collections.Counter(), time.monotonic()
 
@@ -7136,8 +7005,11 @@ def run_all(slow_rows: bool = False) -> int:
         return subprocess.run(command, env=environ, encoding="utf-8", stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).stdout
 
-    with ThreadPoolExecutor(2 * (os.cpu_count() or 2)) as pool:
-        for name, said in zip(names, pool.map(run, names)):
+    # those without a browser mostly wait: two at a time, beside those that keep it busy
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 2)) as busy, ThreadPoolExecutor(2) as idle:
+        runs = [(busy if issubclass(kind, BrowserCase) else idle).submit(run, name)
+                for name, kind in names.items()]
+        for name, said in zip(names, map(Future.result, runs)):
             text, _, last = said.rstrip().rpartition("\n")
             try:
                 told = json.loads(last)
