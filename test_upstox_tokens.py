@@ -1921,6 +1921,8 @@ NONSENSE: list[Reply | str] = [  # what no broker should answer
     Reply(200, "{}", [("Content-Length", "five")]), Reply(200, "{}", [("Date", "x" * 500)] * 100),
     Reply(200, "", [("X-Flood", "x" * 500)] * 5000), CUT_SHORT, "html", "endless", "gzip"]
 MY_APPS = "the app's page under Developer Apps of your Upstox account"
+UNREACHABLE = ("the broker cannot be reached (no connection). Check this machine's network, its proxy "
+               "settings and UPSTOX_BASE_URL, then run again.")
 UNUSABLE = "the broker gave no usable answer ({}). Look at status.upstox.com, then run again."
 UNREGISTERED = ("client_id or redirect_uri is not what the broker has registered (UDAPI100068). "
                 f"Compare both with {MY_APPS}; the app may have been deleted.")
@@ -1943,7 +1945,7 @@ TOLD: list[tuple[Reply | str, str]] = [  # the broker's answer, and what the ope
     *((answer, f"the broker counts too many requests ({code}). Wait a few minutes, then run again.")
       for answer, code in (("429", "UDAPI10005"), (Reply(429), "HTTP 429"))),
     ("503", UNUSABLE.format("HTTP 503")), (Reply(400, "{}"), UNUSABLE.format("HTTP 400")),
-    ("reset", UNUSABLE.format("no connection")),
+    ("reset", UNREACHABLE),
     *((Reply(200, body), UNUSABLE.format("unexpected answer")) for body in ODD_BODIES)]
 
 
@@ -2160,6 +2162,7 @@ def ran(line: str, *names: str, answers: Sequence[str] = (), before: str = "", o
 RUNS = [
     ran("--mode INVALID_ONLY", *RENEWED), ran("--mode all", *APPS),
     ran("--mode partial --apis ,websocket2, PRIMARY,Websocket2 ,", "PRIMARY", "WEBSOCKET2"),
+    ran("--mode PARTIAL --apis websocket2 primary", "PRIMARY", "WEBSOCKET2"),
     ran("--mode INVALID_ONLY -q", *RENEWED),
     ran("--mode INVALID_ONLY", "WEBSOCKET3", "OPTIONCHAIN2", out=HALF_UNKNOWN,
         before=NO_VERDICT.format(", ".join(ASKED)), switches=REFUSED | {"profile_answer": "429"}),
@@ -2361,6 +2364,11 @@ APP_RULES: list[tuple[dict[str, str | None], list[str]]] = [  # changes of six a
     (keys_of(1), ["UPSTOX_CLIENT_ID_1: is not set; apps are numbered from 0 without a gap"]),
     (keys_of(6, "x"), ["UPSTOX_CLIENT_ID_6: at most six apps, numbered 0 to 5",
                        f"UPSTOX_API_NAME_6: {NAMES}"]),
+    (keys_of(1) | dict.fromkeys(("UPSTOX_CLIENT_SECRET_6", "UPSTOX_CLIENT_SECRET_7"), "x"), [
+        *(f"UPSTOX_CLIENT_ID_{index}: at most six apps, numbered 0 to 5" for index in (6, 7)),
+        "UPSTOX_CLIENT_ID_1: is not set; apps are numbered from 0 without a gap",
+        *(f"UPSTOX_{kind}_{index}: {UNSET}" for index in (6, 7)
+          for kind in ("API_NAME", "CLIENT_ID"))]),
     (NO_APPS, ["UPSTOX_CLIENT_ID_0: is not set; at least one app is needed"])]
 
 
@@ -2616,7 +2624,7 @@ DAMAGED = "is damaged. Restore it from a backup, or rescue it with sqlite3's .re
 NO_COLUMN = "lacks a column that is needed. Add it, or use another file."
 NO_DEFAULT = "demands a value that this program does not give. Give that column a default."
 IN_THE_WAY = "has a row in the way of a unique index. Remove that row."
-VIEW = "has a view named upstox_tokens. A table is needed: rename the view or use another file."
+VIEW = "has a view where a table is needed. Rename the view or use another file."
 FULL = "cannot grow: the disk is full. Free some space."
 OTHERWISE = "cannot be used."
 COLUMNS = ", ".join(re.findall(r'"(\w+)" \w+', TOKENS_DDL)[1:])
@@ -2843,6 +2851,7 @@ class HoldTest(Case):
                 self.assertEqual((done.code, done.err, json.loads(done.out)["hold"]),
                                  (0, told, hold or None))
                 self.assertEqual(world.snapshot(), before)
+                self.assertEqual(world.call("--mode", "INVALID_ONLY").err, told)
                 done = world.call("--mode", "PARTIAL", "--apis", "PRIMARY,WEBSOCKET1")
                 if hold:
                     end = "".join(f"{name}: not tried: {hold}. {UNTIL}\n" for name in world.names)
@@ -2902,6 +2911,15 @@ class HoldTest(Case):
         for event, code in (("HOLD", 3), ("HOLD_LIFTED", 1)):
             self.assertEqual(world.call(answers=answers()).code, code)
             self.assertEqual(len(world.audit("HOLD_LIFTED")), event == "HOLD_LIFTED")
+
+    def test_database_that_is_lost_meanwhile(self) -> None:
+        """What the run did is told all the same."""
+        world = self.world(apps=1, moment=NOON, **REFUSED)
+        world.seed_old()
+        world.broker.acts["dialog"] = lambda _: world.db.write_bytes(b"no database" * 99)
+        done = world.call("--mode", "ALL", "--json")
+        self.assertEqual((done.code, json.loads(done.out)), (1, {"exitCode": 1, "results": [
+            {"apiName": "PRIMARY", "state": "FAILED", "message": UNREGISTERED}]}))
 
     def test_last_attempt(self) -> None:
         """The newest ending of each app, whoever ran it; an older table is read and extended."""
@@ -2976,8 +2994,9 @@ class ReadinessTest(Case):
 
     def check(self, world: World, **problems: str) -> None:
         """These lines tell a problem, all others are ok; a name of two words has an underscore."""
-        names = ("configuration", "env file", "database", "browser", "login page", "broker",
-                 "clock", "hold", *world.names)
+        looked_at = ("browser", "login page") if self.flow == "SELENIUM" else ()
+        names = ("configuration", "env file", "database", *looked_at, "broker", "clock", "hold",
+                 *world.names)
         lines = [f"{name:<14}: {problems.get(name.replace(' ', '_'), 'ok')}\n" for name in names]
         before = world.snapshot()
         done = world.call("--check", "--flow", self.flow)
@@ -3001,7 +3020,7 @@ class ReadinessTest(Case):
         self.check(world, WEBSOCKET1=UNREGISTERED)
         world.write_env(UPSTOX_REDIRECT_URI="http://localhost/other")
         self.check(world, PRIMARY=UNREGISTERED, WEBSOCKET1=UNREGISTERED)
-        silent, (answer, words) = UNUSABLE.format("no connection"), V3_ERRORS[-1]
+        silent, (answer, words) = UNREACHABLE, V3_ERRORS[-1]
         self.check(ready(by_app={"PRIMARY": {"dialog_answer": answer},
                                  "WEBSOCKET1": {"dialog_answer": "reset"}}),
                    PRIMARY=words, WEBSOCKET1=silent)
@@ -3012,6 +3031,12 @@ class ReadinessTest(Case):
         self.check(world, hold="unknown, since the database cannot be read", database=(
             f"The database {world.db} is not a SQLite database. Name the right file with --db. "
             "(SQLite: file is not a database)"))
+        world = ready()
+        world.seed_valid()
+        lock = world.folder / "vega_trade.db.upstox-lock"
+        lock.mkdir()
+        self.check(world, database=f"The lock file {lock} cannot be used. Give this user write "
+                                   "permission on it.")
         world = ready()
         with mock.patch("os.access", return_value=False):
             self.check(world, database=f"{world.folder} cannot be written. Name a file with --db.")
@@ -3754,8 +3779,7 @@ class CheckTest(LoginCase):
         ({"captcha": 0.3, "captcha_form": "explicit"}, {}),
         ({"down": True}, {
             "login_page": PAGE_FAILED.format("the page did not load"), "clock": TIMELESS,
-            **dict.fromkeys(("broker", "PRIMARY", "WEBSOCKET1"),
-                            UNUSABLE.format("no connection"))}),
+            **dict.fromkeys(("broker", "PRIMARY", "WEBSOCKET1"), UNREACHABLE)}),
         slow(({"page": "blank"}, {"login_page": PAGE_FAILED.format("the page stayed blank")})),
     ]
 
@@ -3771,8 +3795,9 @@ class CheckTest(LoginCase):
         world = self.world(2, NOON)
         world.open_browser = upstox_tokens.Browser
         (world.folder / "bin" / "chromedriver").write_text("#!/bin/sh\nexit 1\n")
-        self.ready(world, browser="chromedriver did not start",
-                   login_page="not opened, for want of a browser")
+        self.ready(world, browser=(
+            "the browser failed (chromedriver did not start). Install Chromium and its driver (apt "
+            "install chromium chromium-driver), then run --check."), login_page="not opened, for want of a browser")
 
     def test_selenium_manager(self) -> None:
         """Where there is no chromedriver it is asked for one: without statistics or settings."""

@@ -581,10 +581,12 @@ def env_apps(settings: Mapping[str, str]) -> list[App]:
 
 def check_numbers(numbers: Sequence[int], label: str) -> list[str]:
     """The problems of the apps' numbers (the guide 3.2): one to six, contiguous from 0."""
-    if strange := set(numbers) - set(range(6)):
-        return [f"{label.format('CLIENT_ID', max(strange))}: at most six apps, numbered 0 to 5"]
-    return [f"{label.format('CLIENT_ID', gap)}: is not set; apps are numbered from 0 without a gap"
-            for gap in range(max(numbers)) if gap not in numbers]
+    inside = set(numbers) & set(range(6))
+    strange = sorted(set(numbers) - inside, key=str)
+    return [*(f"{label.format('CLIENT_ID', number)}: at most six apps, numbered 0 to 5"
+              for number in strange),
+            *(f"{label.format('CLIENT_ID', gap)}: is not set; apps are numbered from 0 without a gap"
+              for gap in range(max(inside, default=0)) if gap not in inside)]
 
 
 def check_apps(apps: Sequence[App], label: str) -> list[str]:
@@ -720,7 +722,7 @@ DB_REMEDIES = (
     ("readonly", "cannot be written. Give this user write permission on the file and on its folder."),
     ("unable to open", "cannot be opened. Check that its folder exists and that this user may write there."),
     ("is full", "cannot grow: the disk is full. Free some space."),
-    ("is a view", "has a view named upstox_tokens. A table is needed: rename the view or use another file."),
+    ("view", "has a view where a table is needed. Rename the view or use another file."),
     ("no (column named|such column)", "lacks a column that is needed. Add it, or use another file."),
     ("NOT NULL", "demands a value that this program does not give. Give that column a default."),
     ("UNIQUE", "has a row in the way of a unique index. Remove that row."),
@@ -989,6 +991,9 @@ def explain(answer: Answer) -> str:
         return f"the broker refused with {code}: {message.rstrip('.')}. Its documentation explains the code."
     if answer.code == 429:
         return "the broker counts too many requests (HTTP 429). Wait a few minutes, then run again."
+    if answer.error == "no connection":
+        return ("the broker cannot be reached (no connection). Check this machine's network, its proxy "
+                "settings and UPSTOX_BASE_URL, then run again.")
     problem = answer.error or (f"HTTP {answer.code}" if answer.code != 200 else "unexpected answer")
     return f"the broker gave no usable answer ({problem}). Look at status.upstox.com, then run again."
 
@@ -1165,9 +1170,13 @@ def access_token(api_name: str, db: str | os.PathLike | None = None) -> str:
 
 # ---- One run at a time, and what protects the account --------------------------------------------
 
+def lock_file(path: Path) -> Path:
+    return Path(f"{path.resolve()}.upstox-lock")
+
+
 def lock_database(path: Path) -> int:
     """Become the one generating run of this database; the open lock file. The lock ends with its process."""
-    file, handle = Path(f"{path.resolve()}.upstox-lock"), -1
+    file, handle = lock_file(path), -1
     try:
         handle = os.open(file, os.O_CREAT | os.O_RDWR, 0o600)
         if os.name == "nt":
@@ -2486,12 +2495,12 @@ def parse_names(text: str, configured: Sequence[str], *, numbers: bool = False) 
     known = {name: name for name in configured}
     if numbers:
         known |= {str(number): name for number, name in enumerate(configured, 1)}
-    parts = [part.strip() for part in re.split(r"[,\s]" if numbers else ",", text.upper())]
-    if unknown := [part for part in parts if part and part not in known]:
+    parts = re.findall(r"[^,\s]+", text.upper())
+    if unknown := [part for part in parts if part not in known]:
         raise ValueError(f"{printable(unknown[0], 40)} is not one of {', '.join(configured)}")
-    if not any(parts):
+    if not parts:
         raise ValueError("name at least one API")
-    return list(dict.fromkeys(known[part] for part in parts if part))
+    return list(dict.fromkeys(known[part] for part in parts))
 
 
 def prompt_menu(ctx: Context, configured: Sequence[str]) -> tuple[str, list[str]] | None:
@@ -3151,12 +3160,16 @@ def tell_strangers(ctx: Context, rows: Iterable[str]) -> None:
                    + ", ".join(printable(name, 40) for name in foreign))
 
 
-def look_at_tokens(ctx: Context, config: Config) -> dict[str, Status]:
-    """Every app's status now; tells a hold."""
-    rows = read_tokens(ctx.path)
-    tell_strangers(ctx, rows)
+def tell_hold(ctx: Context, config: Config) -> None:
     if hold := current_hold(ctx.path, config):
         ctx.inform(f"Logins are on hold: {hold.rstrip('.')}.")
+
+
+def look_at_tokens(ctx: Context, config: Config) -> dict[str, Status]:
+    """Every app's status now."""
+    rows = read_tokens(ctx.path)
+    tell_strangers(ctx, rows)
+    tell_hold(ctx, config)
     return classify_tokens(config, rows, ctx.now())
 
 
@@ -3208,11 +3221,15 @@ def command_mode(ctx: Context, config: Config) -> int:
         raise TokenError(f"--apis: {error}", USAGE) from None
     tell_strangers(ctx, read_tokens(ctx.path))
     run = generate(Run(ctx, config, "CLI", ctx.args.mode, named))
+    if not run.apps:  # else it has been the reason
+        tell_hold(ctx, config)
     if ctx.args.json:
+        report = {}
+        with contextlib.suppress(DatabaseError):  # lost meanwhile; what was done is told all the same
+            report = status_json(ctx, config, run.statuses)
         results = [{"apiName": name, "state": state, "message": "" if state == "DONE" else message}
                    for name, (state, message) in run.progress.items()]
-        ctx.say(json.dumps({**status_json(ctx, config, run.statuses), "results": results,
-                            "exitCode": run.exit_code}, indent=2))
+        ctx.say(json.dumps({**report, "results": results, "exitCode": run.exit_code}, indent=2))
     else:
         say_result(ctx, run)
     return run.exit_code
@@ -3264,7 +3281,9 @@ def database_problem(ctx: Context, config: Config) -> str:
         prove_writable(path, config.apps if table else (), ctx.now())
     except DatabaseError as error:
         return str(error)
-    return ""
+    lock = lock_file(path)  # which root may have made
+    usable = not lock.exists() or lock.is_file() and os.access(lock, os.R_OK | os.W_OK)
+    return "" if usable else f"The lock file {lock} cannot be used. Give this user write permission on it."
 
 
 def hold_problem(ctx: Context, config: Config) -> str:
@@ -3285,7 +3304,9 @@ def browser_problems(ctx: Context, config: Config) -> tuple[str, str]:
         try:
             browser.open("about:blank")
         except (LoginFailed, PageFault) as error:
-            return str(error), "not opened, for want of a browser"
+            known = isinstance(error, LoginFailed)
+            problem = str(error) if known else f"the browser failed ({error}). {INSTALL_BROWSER}"
+            return problem, "not opened, for want of a browser"
         login = Login(run, app, browser)
         login.texts = {}  # nothing to type
         try:
@@ -3303,11 +3324,12 @@ def command_check(ctx: Context, config: Config) -> int:
     answers = ask_dialogs(ctx, config, config.apps)
     silent = all(answer.error for answer, _ in answers)
     offset = clock_offset(answers)
-    browser, page = ("", "") if ctx.args.flow == "V3" else browser_problems(ctx, config)
-    checks = {"configuration": "", "env file": "", "database": database_problem(ctx, config),
-              "browser": browser, "login page": page, "broker": explain(answers[0][0]) if silent else "",
-              "clock": ("unknown, since the broker told no time; compare it by hand" if offset is None
-                        else clock_problem(offset)), "hold": hold_problem(ctx, config)}
+    checks = {"configuration": "", "env file": "", "database": database_problem(ctx, config)}
+    if ctx.args.flow == "SELENIUM":
+        checks["browser"], checks["login page"] = browser_problems(ctx, config)
+    checks |= {"broker": explain(answers[0][0]) if silent else "",
+               "clock": ("unknown, since the broker told no time; compare it by hand" if offset is None
+                         else clock_problem(offset)), "hold": hold_problem(ctx, config)}
     checks |= {app.name: "" if 300 <= answer.code < 400 else explain(answer)
                for app, (answer, _) in zip(config.apps, answers)}
     lines = (f"{name:<14}: {problem or 'ok'}" for name, problem in checks.items())
