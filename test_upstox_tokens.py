@@ -2043,6 +2043,43 @@ class AnswerTest(Case):
             self.assertEqual(told, expected)
         self.table(work, rows)
 
+    def test_what_is_made_of_an_answer(self) -> None:
+        """(what was sent, visible fields and buttons, new lines) -> the move, or how far it reaches."""
+        otp, pin, both = ("otpNum", "continueBtn"), ("pinCode", "pinContinueBtn"), ("mobileNum", "getOtp")
+        hold = upstox_tokens.A_HOLD
+        rows = [
+            *(("pin", pin, text, hold) for text in (
+                "The PIN you entered is incorrect.\nPlease check it and try again",
+                "Incorrect PIN\nRequest aborted [500]", "Incorrect PIN\nSomething went wrong",
+                "It doesn't match", "It doesn’t match", "That is not correct", "PIN not valid",
+                "x" * 250 + " [1017090]")),
+            ("otp", otp, "The code is incorrect.\nPlease check it", "refused"),
+            # the next step proves it, whatever is said beside it; a step goes with its field
+            ("otp", pin, "Cannot load your profile [1017555]", "taken"),
+            ("otp", pin, "Request aborted [500]", "taken"),
+            ("mobile", otp, "Cannot load your profile [1017555]", "taken"),
+            ("otp", (*both, "otpNum"), "", "wait"), ("pin", (*both, "pinCode"), "", "wait"),
+            ("", pin, "Cannot load your profile [1017555]", "wait"),
+            ("", pin, "Locked [1017090]", hold)]
+
+        def work(row: tuple[str, Sequence[str], str, Any]) -> None:
+            sent, shown, text, expected = row
+            items = {name: {"enabled": True, "value": "", "submits": 0} for name in shown}
+            view = upstox_tokens.View("http://127.0.0.1/", items, text="Hi\n" + text)
+            run = mock.Mock(config=mock.Mock(base_url="http://127.0.0.1"))
+            login = upstox_tokens.Login(run, mock.Mock(redirect_uri=REDIRECT_URI), mock.Mock(
+                look=lambda: view, clock=lambda: 0, rest=mock.Mock(side_effect=StopIteration)))
+            login.sent, login.before, login.pressed = sent, "Hi", True
+            login.texts["otp"] = "123456"
+            try:
+                became: Any = login.decide()[1]
+            except StopIteration:
+                became = "wait"
+            except upstox_tokens.LoginFailed as failure:
+                became = failure.reach
+            self.assertEqual(became, expected)
+        self.table(work, rows)
+
     def test_what_is_news(self) -> None:
         """What the page shows that it did not before: countdowns and good words are none."""
         before = "Enter OTP\nResend OTP (1:59s)\nWrong PIN, 3 attempts left\nPage 1"
@@ -3752,6 +3789,15 @@ class PinTest(LoginCase):
         done = world.call("--mode", "ALL", "--debug-dir", world.folder / "pictures")
         self.assertEqual((done.code, world.audit("HOLD", "FAILED")), (
             143, [("PRIMARY", "HOLD"), ("PRIMARY", "FAILED")]))
+
+    def test_dialog(self) -> None:
+        """Its words are the page's, even those that sound like a browser's end."""
+        from selenium.common.exceptions import UnexpectedAlertPresentException
+        browser, said = upstox_tokens.Browser((), False, {}), "Incorrect PIN. Your session is closed."
+        fault = UnexpectedAlertPresentException(f"unexpected alert open: {said}", alert_text=said)
+        browser.driver = mock.Mock(current_url="https://login.upstox.com/",
+                                   execute_script=mock.Mock(side_effect=fault))
+        self.assertEqual(browser.look().text, said)
 
     def test_page_that_submits_before_the_press(self) -> None:
         """By itself, just after it was looked at."""

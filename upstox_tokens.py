@@ -209,8 +209,8 @@ PAGE_TEXTS = {  # headings and paths that carry no code
     r"^reactivate your account|^/reactivate-account": (
         "the account is dormant. Reactivate it in the Upstox app, then run again.", THIS_APP)}
 # nobody outside knows how the broker words a wrong PIN or code: these words are taken for a refusal
-REFUSAL = re.compile(r"incorrect|invalid|(?<!went )\bwrong\b|not match|mismatch|attempts? (left|remaining)",
-                     re.I)
+REFUSAL = re.compile(r"incorrect|invalid|(?<!went )\bwrong\b|n[o'’]t (match|correct|valid)|mismatch|"
+                     r"attempts? (left|remaining)", re.I)
 CAPTCHA_SHOWN = ("the login page shows a CAPTCHA, which only a person may solve. Run with --headed on a "
                  "machine with a display, or use --flow V3.")
 NOBODY_SOLVED = "nobody solved the CAPTCHA in time. Run again when an operator is there."
@@ -1356,8 +1356,9 @@ class View(NamedTuple):
 
     @property
     def step(self) -> str:
-        """The step shown, or an empty text; without its button a field is no step, for nobody could go on."""
-        return next((step for step, pair in STEPS.items() if self.items.keys() >= set(pair)), "")
+        """The last step shown, or an empty text; without its button it is none, for nobody could go on."""
+        step = next((step for step in STEPS if self.field(step)), "")
+        return step if step and STEPS[step][1] in self.items else ""
 
     @property
     def blank(self) -> bool:
@@ -1554,9 +1555,10 @@ class Browser:
                     return View(url, seen.get("items") or {}, bool(seen.get("captcha")),
                                 seen.get("shown") or [], str(seen.get("text") or ""))
             except problems.WebDriverException as error:
-                if re.search("session|crash|disconnected|not reachable|no such window", str(error.msg)):
-                    raise
                 said = getattr(error, "alert_text", "")  # of a dialog that the driver has dismissed
+                lost = re.search("session|crash|disconnected|not reachable|no such window", str(error.msg))
+                if lost and not said:
+                    raise
             # an error page does not know its own address
             return View(self.driver.current_url, text=said or "", broken=True)
 
@@ -1629,7 +1631,7 @@ def news(view: View, before: str | None) -> list[str]:
             return line not in known
         return not re.search(HARMLESS, line) and re.sub("[0-9]+", "", line) not in counters
 
-    return [printable(line, 200) for line in view.text.splitlines() if line.strip() and is_new(line)]
+    return [printable(line, 1000) for line in view.text.splitlines() if line.strip() and is_new(line)]
 
 
 def toast(lines: Sequence[str]) -> tuple[str, str]:
@@ -1682,10 +1684,10 @@ def no_progress(step: str, text: str, reach: int = THIS_APP) -> LoginFailed:
     return LoginFailed(f"{text} Run again; if it stays so, look at it with --headed.", reach)
 
 
-def judge_complaint(view: View, login: Login) -> Move | None:
-    """What the page says against going on: raised, or the move `refused`; None when nothing can be read."""
+def judge_complaint(view: View, login: Login, waited: float) -> Move | None:
+    """What the page says against going on: raised, or a move; None when nothing can be read."""
     said = " ".join(toast(login.news)).strip()
-    if login.sent and not said and REFUSAL.search(login.said):
+    if login.sent and REFUSAL.search(login.said) and not REFUSAL.search(said):
         said = login.said  # nobody knows how the broker words a refusal, nor whether it has a code
     row = known_complaint(view, login.news)
     if login.sent == "pin" and (row or said):
@@ -1700,6 +1702,8 @@ def judge_complaint(view: View, login: Login) -> Move | None:
     if login.sent == "mobile":
         raise LoginFailed(f"the broker did not accept the mobile number ({said}). Check "
                           "UPSTOX_MOBILE_NUMBER.", A_PERSON)
+    if view.step and waited < PAGE_SECONDS / 3:  # it can go on, and a toast passes
+        return "wait", ""
     raise LoginFailed(f"the login page says: {said}. Run again.")
 
 
@@ -1778,7 +1782,7 @@ def step_is_over(view: View, login: Login, waited: float) -> bool:
     The next step or a known page proves it; a page that nobody knows only when patience with it ends, since
     it may be a word of the broker while it judges.
     """
-    if view.blank or toast(login.news)[1]:
+    if view.blank or view.step in ("", "mobile") and toast(login.news)[1]:
         return False
     if view.step not in ("", login.sent):
         return True
@@ -1802,7 +1806,7 @@ def next_move(view: View, login: Login, waited: float) -> Move:
         if view.step == "mobile":
             raise LoginFailed(*SESSION_LOST)
         return "taken", login.sent
-    if complaint := judge_complaint(view, login):
+    if complaint := judge_complaint(view, login, waited):
         return complaint
     if not view.step and view.captcha:
         return "captcha", ""
@@ -1879,7 +1883,8 @@ class Run:
                  "source": self.source, "flow": self.flow, "outcome": outcome,
                  "reason": redact(reason, self.hidden)[:1000] or None, **memory}
         try:
-            with transaction(self.path, STORE_SECONDS if outcome == "HOLD" else None) as connection:
+            patience = STORE_SECONDS if outcome in ("HOLD", "GENERATED") else None
+            with transaction(self.path, patience) as connection:
                 for each in [*self.unwritten, event]:
                     add_event(connection, each)
             self.unwritten.clear()
@@ -1989,7 +1994,7 @@ class Login:
             view = self.browser.look()
             self.news = news(view, self.before)
             if self.sent and self.news:  # a toast lives for 3 s only
-                self.said = self.news[-1]
+                self.said = next(filter(REFUSAL.search, self.news), self.news[-1])
             self.run.waiting = ""
             verb, detail = next_move(view, self, self.browser.clock() - self.moved)
             if verb == "captcha":
