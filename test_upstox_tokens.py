@@ -3971,11 +3971,12 @@ class StopTest(LoginCase):
             self.assertEqual(world.audit("GENERATED", "FAILED")[0], ("PRIMARY", "GENERATED"))
 
     def test_database_refuses_for_a_while(self) -> None:
-        world = self.world(1, moment=NOON, **DIRECT)
+        world = self.world(1, **DIRECT)
         old = world.seed_old()
         world.broker.acts["token"] = lambda _: world.sql(REJECT)
-        with world.once_told("cannot be stored yet, trying again",
-                             lambda: world.sql("DROP TRIGGER no")):
+        told = "cannot be stored yet, trying again"
+        with (mock.patch.multiple(upstox_tokens, STORE_SECONDS=30),
+              world.once_told(told, lambda: world.sql("DROP TRIGGER no"))):
             done = world.call("--mode", "ALL")
         self.assertEqual((done.code, world.sent()), (0, (0, 0, 0)), done.err)
         self.assertEqual(world.tokens(), {"PRIMARY": next(reversed(world.broker.tokens))})
