@@ -2705,7 +2705,7 @@ DATABASES: dict[str, tuple[str | Callable[[World], object], str]] = {
     "damaged schema": (overwritten(100, b"\xff" * 3000), DAMAGED),
     "a view": ("ALTER TABLE upstox_tokens RENAME TO t; "
                "CREATE VIEW upstox_tokens AS SELECT * FROM t", VIEW),
-    "a NOT NULL column more": (KEYED.format(COLUMNS + ", tenant NOT NULL"), NO_DEFAULT),
+    "a NOT NULL column more": (KEYED.format(COLUMNS + ", review NOT NULL"), NO_DEFAULT),
     "an audit table that wants more": (
         "CREATE TABLE upstox_token_audit (at, run_id, api_name, source, flow, outcome, reason, "
         "tenant NOT NULL)", NO_DEFAULT),
@@ -2957,8 +2957,20 @@ class HoldTest(Case):
             self.assertEqual(world.call(answers=answers()).code, code)
             self.assertEqual(len(world.audit("HOLD_LIFTED")), event == "HOLD_LIFTED")
 
+    def test_flow_v3_goes_on(self) -> None:
+        """A hold is about PINs and codes; it is told all the same."""
+        world = self.world(apps=1, moment=NOON, notifier_url=NOTIFIER, v3_answer="1155")
+        remember(world, "HOLD")
+        done = world.call("--mode", "ALL", "--flow", "V3", "--serve", "127.0.0.1:0")
+        self.assertEqual((done.code, world.broker.count("v3")), (1, 1))
+        self.assertIn(f"Logins are on hold: {NOTED}.\n", done.err)
+
     def test_database_that_is_lost_meanwhile(self) -> None:
         """What the run did is told all the same."""
+        world = self.world(apps=1, moment=NOON)
+        world.seed_valid()
+        world.broker.acts["profile"] = lambda _: world.db.write_bytes(b"no database" * 99)
+        self.assertEqual(world.call("--mode", "INVALID_ONLY"), (0, summary(PRIMARY="VALID"), ""))
         world = self.world(apps=1, moment=NOON, **REFUSED)
         world.seed_old()
         world.broker.acts["dialog"] = lambda _: world.db.write_bytes(b"no database" * 99)

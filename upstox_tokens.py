@@ -722,7 +722,7 @@ DB_REMEDIES = (
     ("readonly", "cannot be written. Give this user write permission on the file and on its folder."),
     ("unable to open", "cannot be opened. Check that its folder exists and that this user may write there."),
     ("is full", "cannot grow: the disk is full. Free some space."),
-    ("view", "has a view where a table is needed. Rename the view or use another file."),
+    (" a view", "has a view where a table is needed. Rename the view or use another file."),
     ("no (column named|such column)", "lacks a column that is needed. Add it, or use another file."),
     ("NOT NULL", "demands a value that this program does not give. Give that column a default."),
     ("UNIQUE", "has a row in the way of a unique index. Remove that row."),
@@ -1777,10 +1777,10 @@ def await_judgement(view: View, login: Login, waited: float) -> Move:
 
 
 def step_is_over(view: View, login: Login, waited: float) -> bool:
-    """Whether the step whose entry was sent went away without complaint: then the broker took the entry.
+    """Whether the step whose entry was sent is over: then the broker took the entry.
 
-    The next step or a known page proves it; a page that nobody knows only when patience with it ends, since
-    it may be a word of the broker while it judges.
+    The next step, whatever is said beside it, or a known page proves it; a page that nobody knows only when
+    patience with it ends, since it may be a word of the broker while it judges.
     """
     if view.blank or view.step in ("", "mobile") and toast(login.news)[1]:
         return False
@@ -1964,7 +1964,7 @@ class Login:
         self.pressed, self.submits = False, 0  # its button; how often its field was submitted before
         self.before: str | None = None  # the page's text before that
         self.news: list[str] = []  # what it shows now that it did not show then
-        self.said = ""  # the newest line of the page since then
+        self.said = ""  # what the page says of it: a line that refuses, else the newest
         self.old = ""  # the refusal of a code, which the page may still show
         self.moved = 0.0  # when there was progress; the page's patience is counted from here
         self.captcha_since: float | None = None
@@ -2324,7 +2324,7 @@ def take_delivery(ctx: Context, config: Config, app: App, delivery: Delivery) ->
     profile answer must name the delivery's user, who must be the one of this database's tokens.
     """
     path, (user, token, valid_until) = ctx.path, delivery
-    # what a stranger posts costs no write lock; a database that is away is another matter
+    # where nothing was ever asked for, nobody's post costs a write lock; a database that is away may come back
     if path.exists() and not read_events(path, "number", "api_name = ? AND outcome = 'REQUESTED'", app.name):
         return "nothing was asked for"
     with transaction(path) as connection:
@@ -2850,7 +2850,7 @@ def get_status(server: Server, request: Handler) -> Reply:
     arrived = time.monotonic()
     with server.checking:
         at, known, reply = server.checked
-        now_known = server.tries, [run.run_id for run in server.jobs.values() if run.ended]
+        now_known = server.stored, [run.run_id for run in server.jobs.values() if run.ended]
         fresh = time.monotonic() - at < SHARED_SECONDS and known == now_known and reply[0] == 200
         if not fresh and (at < arrived or known != now_known):
             try:
@@ -2931,7 +2931,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.ctx, self.webhook_only = ctx, webhook_only
         self.initial = self.config = config  # key and origins are the start's, deliveries want the latest
         self.jobs: dict[str, Run] = {}
-        self.tries = 0  # to store a delivery
+        self.stored = 0  # deliveries so far
         self.checking, self.proving = threading.Lock(), threading.Semaphore(PROOFS_AT_ONCE)
         self.checked: tuple[float, Any, Any] = (0.0, None, None)  # when, what was known, the reply
         self.host, port = serve_address(address, config)
@@ -2982,13 +2982,12 @@ class Server(socketserver.ThreadingTCPServer):
             try:
                 with self.proving:
                     problem = take_delivery(self.ctx, config, app, delivery)
+                self.stored += not problem
                 break
             except TokenError as error:  # the database or the broker, for the moment
                 problem = str(error)
                 if not pause:
                     self.tell(f"{refused}{problem.rstrip('.')}; trying again")
-            finally:
-                self.tries += 1
         if problem:
             return self.tell(refused + problem, failed=True)
         return self.tell(f"{app.name}: approved on the phone, token stored")
@@ -3226,8 +3225,9 @@ def command_mode(ctx: Context, config: Config) -> int:
         raise TokenError(f"--apis: {error}", USAGE) from None
     tell_strangers(ctx, read_tokens(ctx.path))
     run = generate(Run(ctx, config, "CLI", ctx.args.mode, named))
-    if not run.apps:  # else it has been the reason
-        tell_hold(ctx, config)
+    if not run.apps or run.flow == "V3":  # else it has been the reason
+        with contextlib.suppress(DatabaseError):
+            tell_hold(ctx, config)
     if ctx.args.json:
         report = {}
         with contextlib.suppress(DatabaseError):  # lost meanwhile; what was done is told all the same
@@ -3276,7 +3276,7 @@ def command_import_config(ctx: Context, config: Config) -> int:
 
 
 def database_problem(ctx: Context, config: Config) -> str:
-    """Whether the database takes tokens and events, without leaving one there."""
+    """Whether the database takes tokens and events, without leaving one there, and can be locked."""
     path = ctx.path
     if not path.exists():
         folder = path.absolute().parent
