@@ -2067,7 +2067,9 @@ class AnswerTest(Case):
             ("mobile", otp, "Cannot load your profile [1017555]", "taken"),
             ("otp", (*both, "otpNum"), "", "wait"), ("pin", (*both, "pinCode"), "", "wait"),
             ("", pin, "Cannot load your profile [1017555]", "wait"),
-            ("", pin, "Locked [1017090]", hold)]
+            ("", pin, "Locked [1017090]", hold),
+            # a step that comes again: the session is lost, and neither number nor code is typed anew
+            ("", both, "", upstox_tokens.THIS_APP), ("pin", both, "", upstox_tokens.THIS_RUN)]
 
         def work(row: tuple[str, Sequence[str], str, Any]) -> None:
             sent, shown, text, expected = row
@@ -2076,7 +2078,7 @@ class AnswerTest(Case):
             run = mock.Mock(config=mock.Mock(base_url="http://127.0.0.1"))
             login = upstox_tokens.Login(run, mock.Mock(redirect_uri=REDIRECT_URI), mock.Mock(
                 look=lambda: view, clock=lambda: 0, rest=mock.Mock(side_effect=StopIteration)))
-            login.sent, login.before, login.pressed = sent, "Hi", True
+            login.sent, login.before, login.pressed, login.done = sent, "Hi", True, ["mobile"]
             login.texts["otp"] = "123456"
             try:
                 became: Any = login.decide()[1]
@@ -3904,7 +3906,8 @@ class StopTest(LoginCase):
                 stopped = (RENEWED[generated], "FAILED")
                 world.until(lambda: stopped in world.audit("FAILED"))
                 children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text()
-                send(program.pid, signum)
+                for again in (signal.SIGINT, signal.SIGTERM):
+                    send(program.pid, again)
                 program.wait()
                 left = [pid for pid in children.split() if Path("/proc", pid).exists()]
                 self.assertEqual(left, [], "the program ended before its browser")
@@ -4037,6 +4040,20 @@ class MemoryTest(LoginCase):
                          ["CODE_SENT", "CODE_NOT_SENT", "CODE_SENT", "CODE_TAKEN"])
         waits = re.findall(r"PRIMARY: next TOTP code in (\d+) s\n", done.err)
         self.assertEqual(waits, ["4"], "once, where no terminal is")
+
+    def test_code_that_another_run_sent_meanwhile(self) -> None:
+        """While ours was being typed, by a machine with the same database: ours is not sent."""
+        class Slow(SharedBrowser):
+            def type(self, view: upstox_tokens.View, step: str, keys: str) -> bool:
+                if len(keys) == 5 and step == "otp" and not world.audit():
+                    remember(world, "CODE_SENT CODE_TAKEN")
+                    world.sql(f"UPDATE upstox_token_audit SET number = {NOON // 30}")
+                return super().type(view, step, keys)
+
+        world = self.world(1, moment=NOON)
+        world.open_browser = Slow
+        self.assertEqual(world.call("--mode", "ALL").code, 0)
+        self.assertEqual(world.broker.codes, [totp(TOTP_SECRET, NOON + 30)])
 
     def test_key_that_may_have_gone(self) -> None:
         """The field went with its last digit: that counts as sent, but arrival proves nothing."""
