@@ -1233,6 +1233,7 @@ ALL_VALID = summary(**dict.fromkeys(APPS, "VALID"))
 GUIDE = summary(PRIMARY="VALID", WEBSOCKET1="VALID", WEBSOCKET2="INVALID (401)",
                 WEBSOCKET3="EXPIRED", OPTIONCHAIN1="VALID", OPTIONCHAIN2="NOT FOUND")
 RENEWED = ["WEBSOCKET2", "WEBSOCKET3", "OPTIONCHAIN2"]  # of the guide's states, those to generate
+DIRECT = {"dialog_answer": "direct"}  # no login page: for what lies behind it
 
 
 class World(contextlib.ExitStack):
@@ -1928,8 +1929,8 @@ NONSENSE: list[Reply | str] = [  # what no broker should answer
     Reply(200, "{}", [("Content-Length", "five")]), Reply(200, "{}", [("Date", "x" * 500)] * 100),
     Reply(200, "", [("X-Flood", "x" * 500)] * 5000), CUT_SHORT, "html", "endless", "gzip"]
 MY_APPS = "the app's page under Developer Apps of your Upstox account"
-UNREACHABLE = ("the broker cannot be reached (no connection). Check this machine's network, its proxy "
-               "settings and UPSTOX_BASE_URL, then run again.")
+UNREACHABLE = ("the broker cannot be reached (no connection). Check this machine's network, its "
+               "proxy settings and UPSTOX_BASE_URL, then run again.")
 UNUSABLE = "the broker gave no usable answer ({}). Look at status.upstox.com, then run again."
 UNREGISTERED = ("client_id or redirect_uri is not what the broker has registered (UDAPI100068). "
                 f"Compare both with {MY_APPS}; the app may have been deleted.")
@@ -2003,21 +2004,23 @@ class AnswerTest(Case):
     def test_what_a_page_says(self) -> None:
         """(path, text, whether the OTP can be typed) -> what is made of it (facts 2)."""
         app, run, person, hold = range(4)  # how far it reaches
-        stopped = ("the broker blocked OTP entry for a while. Wait 10 minutes, then run again.", run)
-        locked = ("the account is locked after too many wrong PINs. Unlock it in the Upstox app (PAN "
-                  "and OTP), then start the menu.", hold)
-        new_pin = ("the page asks to create a new PIN, which this program never does. Set the PIN in "
-                   "the Upstox app, then run again.", app)
+        stopped = ("the broker blocked OTP entry for a while. Wait 10 minutes, then run again.",
+                   run)
+        locked = ("the account is locked after too many wrong PINs. Unlock it in the Upstox app "
+                  "(PAN and OTP), then start the menu.", hold)
+        new_pin = ("the page asks to create a new PIN, which this program never does. Set the PIN "
+                   "in the Upstox app, then run again.", app)
         dormant = ("the account is dormant. Reactivate it in the Upstox app, then run again.", app)
         codes = {
             "1017016": ("the broker does not know the mobile number. Correct UPSTOX_MOBILE_NUMBER.",
                         person),
-            "1017074": ("several accounts are linked to the mobile number. Ask the broker to separate "
-                        "them, or use --flow V3.", person),
+            "1017074": ("several accounts are linked to the mobile number. Ask the broker to "
+                        "separate them, or use --flow V3.", person),
             "1017069": ("the broker's limit of OTP requests is reached. Wait 10 minutes, then run "
                         "again.", run),
             "1017076": ("the broker's OTP session expired. Run again.", app),
-            "1017072": ("the broker calls the login page's version outdated. Run again later.", app),
+            "1017072": ("the broker calls the login page's version outdated. Run again later.",
+                        app),
             "1017078": stopped, "1017125": stopped, "1017090": locked,
             "500": ("the login page lost its connection to the broker. Run again.", app),
             **dict.fromkeys(("1017007", "1017079", "1017084", "1017095", "1017105"),
@@ -2051,9 +2054,9 @@ class AnswerTest(Case):
         self.table(work, rows)
 
     def test_what_is_made_of_an_answer(self) -> None:
-        """(what was sent, visible fields and buttons, new lines) -> the move, or how far it reaches."""
-        otp, pin, both = ("otpNum", "continueBtn"), ("pinCode", "pinContinueBtn"), ("mobileNum", "getOtp")
-        hold = upstox_tokens.A_HOLD
+        """(what was sent, visible fields and buttons, new lines) -> the move, or the reach."""
+        otp, pin = ("otpNum", "continueBtn"), ("pinCode", "pinContinueBtn")
+        both, hold = ("mobileNum", "getOtp"), upstox_tokens.A_HOLD
         rows = [
             *(("pin", pin, text, hold) for text in (
                 "The PIN you entered is incorrect.\nPlease check it and try again",
@@ -2068,7 +2071,7 @@ class AnswerTest(Case):
             ("otp", (*both, "otpNum"), "", "wait"), ("pin", (*both, "pinCode"), "", "wait"),
             ("", pin, "Cannot load your profile [1017555]", "wait"),
             ("", pin, "Locked [1017090]", hold),
-            # a step that comes again: the session is lost, and neither number nor code is typed anew
+            # a step that comes again: the session is lost, neither number nor code is typed anew
             ("", both, "", upstox_tokens.THIS_APP), ("pin", both, "", upstox_tokens.THIS_RUN)]
 
         def work(row: tuple[str, Sequence[str], str, Any]) -> None:
@@ -3309,7 +3312,7 @@ sys.exit(f'{codes}')"""
         text = PROGRAM.read_text(encoding="utf-8")
         lengths = {node.name: node.end_lineno - node.lineno + 1
                    for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)}
-        self.assertLessEqual(len(text.splitlines()), 3470)
+        self.assertLessEqual(len(text.splitlines()), 3468)
         self.assertLessEqual(max(map(len, text.splitlines())), 120)
         self.assertEqual({name: lines for name, lines in lengths.items() if lines > 45}, {})
 
@@ -3809,7 +3812,8 @@ class PinTest(LoginCase):
     def test_dialog(self) -> None:
         """Its words are the page's, even those that sound like a browser's end."""
         from selenium.common.exceptions import UnexpectedAlertPresentException
-        browser, said = upstox_tokens.Browser((), False, {}), "Incorrect PIN. Your session is closed."
+        said = "Incorrect PIN. Your session is closed."
+        browser = upstox_tokens.Browser((), False, {})
         fault = UnexpectedAlertPresentException(f"unexpected alert open: {said}", alert_text=said)
         browser.driver = mock.Mock(current_url="https://login.upstox.com/",
                                    execute_script=mock.Mock(side_effect=fault))
@@ -6014,7 +6018,6 @@ class HostilePageTest(Case):
                     self.assertEqual(upstox_tokens.next_move(view, login, 0), ("wait", ""))
 
 
-DIRECT = {"dialog_answer": "direct"}  # no login page: for what lies behind it
 ANSWERS = [*NONSENSE, "hang", "drip", "reset", "429", "500", "503",
            Reply(302, "", [("Location", "http://127.0.0.1:9/")])]
 
