@@ -2806,6 +2806,7 @@ class DatabaseTest(Case):
                 world.seed_guide()
                 world.lock(kind=begin)
                 timer = threading.Timer(seconds, world.unlock)
+                timer.daemon = True
                 timer.start()
                 if seconds < 1 or free:
                     self.assertEqual(world.call(*argv).out[:len(GUIDE)], GUIDE)
