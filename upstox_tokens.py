@@ -2270,10 +2270,11 @@ def generate_by_phone(run: Run) -> None:
             run.settle(app.name, "FAILED", f"no approval is asked for that cannot be noted first. {error}")
     ask = functools.partial(request_approval, run.config)
     for app, answer in zip(apps, run_within(PROFILE_SECONDS, NO_ANSWER, ask, apps)):
-        end = epoch_seconds(answer.data().get("authorization_expiry"))
+        data = answer.data()
+        end = epoch_seconds(data.get("authorization_expiry"))
         if answer.code == 200 and end is not None:
             ends[app] = end
-            tell_request(run, app, end, answer.data().get("notifier_url"))
+            tell_request(run, app, end, data.get("notifier_url"))
             note_deadline(run, app, end)
         else:
             if error_code(answer)[0]:  # an answer that was lost may be followed by an approval all the same
@@ -2310,9 +2311,11 @@ def account_owner(config: Config, path: Path, now: float) -> str:
     alive = [rows[app.name] for app in config.apps
              if judge_stored(rows.get(app.name), app.client_id, now) is None]
     answers = ask_profiles(config, alive)
-    if valid := [answer for answer in answers if judge_profile(answer)[0] == "VALID" and answer.data()]:
-        return text_of(valid[0].data().get("user_id"))
-    if any(judge_profile(answer)[0] == "UNKNOWN" for answer in answers):
+    words = [judge_profile(answer)[0] for answer in answers]
+    for word, answer in zip(words, answers):
+        if word == "VALID" and (user := answer.data()):
+            return text_of(user.get("user_id"))
+    if "UNKNOWN" in words:
         raise TokenError("the broker cannot tell now whose the tokens so far are")
     return ""
 
